@@ -1,0 +1,37 @@
+# The verbs of the project. `make demo` and `make test` work on a fresh machine: both set up first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test quick lint bench clean
+
+setup: $(STAMP)
+
+# flash-attn is never among these: it would want a compiler and a GPU. See README, "GPUs".
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/mmctx data build emoji data/emoji
+	$(BIN)/mmctx train configs/demo.yaml
+	@echo "report: runs/demo/report.html"
+
+test: setup
+	$(BIN)/python -m pytest
+
+quick: setup
+	$(BIN)/python -m pytest -m "not slow" -x -q
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: setup
+	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,69 @@
+"""What a run reads, and how it is cut into steps."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from mmctx.config import StrictModel
+
+
+class SourceConfig(StrictModel):
+    """One set of WebDataset shards."""
+
+    shards: str
+    """A path with braces or wildcards, such as `data/train/{000000..000099}.tar`."""
+    objectives: tuple[str, ...]
+    """Names of the objectives that every sample of this source serves."""
+    texts: tuple[str, ...] = ("txt",)
+    """Where texts stand: a member's extension, or `json:dotted.path` inside `KEY.json`. Numbered text0, text1, ... in this order."""
+    weight: float | None = Field(None, gt=0)
+    """Share of samples drawn from this source. Give it for all sources, or for none: then every sample comes once an epoch."""
+
+    @model_validator(mode="after")
+    def _check(self) -> SourceConfig:
+        if not self.texts:
+            raise ValueError("texts must name at least one member, for example [txt]")
+        if not self.objectives:
+            raise ValueError("objectives must name at least one objective")
+        return self
+
+
+class DataConfig(StrictModel):
+    """Sources, sizes and loading."""
+
+    tokenizer: str
+    """Folder of a Transformers fast tokenizer."""
+    sources: dict[str, SourceConfig]
+    """Named sources."""
+    context_length: int = Field(2048, ge=1)
+    """Longest document in tokens; longer ones are left out and listed in `skips.jsonl`."""
+    bin_tokens: int = Field(8192, ge=1)
+    """Tokens of one packed batch: what one rank takes in one micro-batch."""
+    bins_per_step: int = Field(1, ge=1)
+    """Packed batches of one global step, shared out among the ranks; must be a multiple of their number."""
+    window_steps: int = Field(16, ge=1)
+    """Steps that are packed together: larger windows fill bins better and more evenly."""
+    block_size: int = Field(16, ge=1)
+    """Neighbouring samples of a shard that are read together."""
+    blocks_in_flight: int = Field(64, ge=1)
+    """Blocks among which samples are shuffled."""
+    num_workers: int = Field(0, ge=0)
+    """Loader processes a rank."""
+    prefetch: int = Field(2, ge=1)
+    """Batches that each worker prepares ahead."""
+    skip_budget: float = Field(0.01, ge=0, le=1)
+    """Largest share of samples that may be skipped while training before the run stops."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if not self.sources:
+            raise ValueError("sources must name at least one source")
+        if self.bin_tokens < self.context_length:
+            raise ValueError(
+                f"bin_tokens {self.bin_tokens} is less than context_length {self.context_length}: no bin could hold the longest document"
+            )
+        weighted = [name for name, source in self.sources.items() if source.weight is not None]
+        if weighted and len(weighted) < len(self.sources):
+            missing = sorted(set(self.sources) - set(weighted))
+            raise ValueError(f"sources {weighted} have a weight and {missing} have none; give all of them one, or none")
+        return self

@@ -1,0 +1,146 @@
+"""From the bytes of a sample to pictures, sound and token ids."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import soundfile
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.io import decode_jpeg, decode_png
+
+from mmctx.datasets.contents import IMAGE_FORMATS, Segment, media_of, parse_json, parse_segments, read_text
+from mmctx.datasets.source import RawSample
+from mmctx.errors import SampleError
+from mmctx.pack import MediaItem
+from mmctx.sample import Sample
+
+if TYPE_CHECKING:
+    from mmctx.tokenizer import TextTokenizer
+
+_FAST_DECODERS = {"JPEG": decode_jpeg, "PNG": decode_png}
+
+
+def decode_sample(
+    raw: RawSample,
+    *,
+    source: str,
+    uid: int,
+    texts: Sequence[str],
+    tokenizer: TextTokenizer,
+    make_image: Callable[[Tensor], MediaItem],
+    make_audio: Callable[[Tensor, int], MediaItem],
+) -> Sample:
+    """Decodes and tokenizes one sample.
+
+    Args:
+        raw: bytes of the sample.
+        source: name of the source in the config.
+        uid: number of the sample.
+        texts: the source's texts, such as ``txt`` or ``json:names.zh``.
+        tokenizer: turns text into ids.
+        make_image: picture (3, H, W) uint8 -> item.
+        make_audio: mono clip (n,) float32 and its rate in Hz -> item.
+
+    Raises:
+        SampleError: the sample cannot be used, for the reasons in `contents.REASONS`.
+    """
+    document = parse_json(raw.members)
+    segments = parse_segments(document)
+    media = media_of(raw.members, segments)
+
+    def make(segment: Segment) -> MediaItem:
+        data = raw.members[segment.value]
+        try:
+            return make_image(decode_image(data)) if segment.kind == "image" else make_audio(*decode_audio(data))
+        except SampleError as error:
+            raise SampleError(error.reason, f"{segment.value}: {error.detail}") from None
+
+    if segments is not None:
+        parts = [tokenizer.encode(s.value) if s.kind == "text" else make(s) for s in segments]
+        kept = tuple(p for p in parts if isinstance(p, MediaItem) or len(p))
+        if not kept:
+            raise SampleError("empty", f"{len(segments)} segments hold neither tokens nor media")
+        return Sample(key=raw.key, source=source, uid=uid, segments=kept)
+
+    ids = tuple(_encode(entry, read_text(entry, raw.members, document), tokenizer) for entry in texts)
+    items = {segment.kind: make(segment) for segment in media}
+    if not items and all(i is None for i in ids):
+        raise SampleError(
+            "empty", f"no media and none of the texts {', '.join(texts)}; members: {', '.join(raw.members)}"
+        )
+    return Sample(key=raw.key, source=source, uid=uid, texts=ids, image=items.get("image"), audio=items.get("audio"))
+
+
+def _encode(entry: str, text: str | None, tokenizer: TextTokenizer) -> np.ndarray | None:
+    if text is None:
+        return None
+    ids = tokenizer.encode(text)
+    if not len(ids):
+        raise SampleError("empty", f"{entry}: the tokenizer makes 0 tokens of {text[:40]!r}")
+    return ids
+
+
+def decode_image(data: bytes) -> Tensor:
+    """A JPEG, PNG or WebP picture as (3, H, W) uint8 RGB, transparency laid over white.
+
+    Pixels are as stored: EXIF rotation is not applied, as in the index.
+
+    Raises:
+        SampleError: ``undecodable_image``: damaged, cut short, or beyond Pillow's limit on pixels.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:  # reads the header, checks the limit
+            fast = _FAST_DECODERS.get(image.format or "")
+            if fast is not None and image.mode in ("L", "RGB", "RGBA") and "transparency" not in image.info:
+                pixels = fast(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+            else:
+                pixels = _pillow_pixels(image)
+    except Exception as error:  # Pillow and torchvision raise many types on damaged bytes
+        raise SampleError("undecodable_image", str(error)) from None
+    if pixels.dtype == torch.uint16:
+        pixels = (pixels.int() >> 8).byte()
+    if pixels.shape[0] == 1:
+        return pixels.expand(3, -1, -1).contiguous()
+    return pixels if pixels.shape[0] == 3 else _over_white(pixels)
+
+
+def _pillow_pixels(image: Image.Image) -> Tensor:
+    """(1 or 3 or 4, H, W) uint8, or uint16 for pictures of 16 bits."""
+    if image.mode.startswith("I;16"):
+        return torch.from_numpy(np.asarray(image, dtype=np.uint16).copy())[None]
+    converted = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    return torch.from_numpy(np.array(converted)).permute(2, 0, 1).contiguous()
+
+
+def _over_white(pixels: Tensor) -> Tensor:
+    """(4, H, W) RGBA -> (3, H, W), rounded to the nearest."""
+    color, alpha = pixels[:3].int(), pixels[3:].int()
+    return ((color * alpha + 255 * (255 - alpha) + 127) // 255).byte()
+
+
+def decode_audio(data: bytes) -> tuple[Tensor, int]:
+    """A WAV, FLAC, Ogg or MP3 clip as ((n,) float32 mean of its channels, rate in Hz).
+
+    Raises:
+        SampleError: ``undecodable_audio`` where damaged or cut short, ``empty`` without samples, ``bad_audio``
+            for NaN or infinite values.
+    """
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as clip:
+            expected, rate = clip.frames, clip.samplerate
+            values = clip.read(dtype="float32", always_2d=True)
+    except Exception as error:  # libsndfile and its Python side raise many types on damaged bytes
+        raise SampleError("undecodable_audio", str(error)) from None
+    if len(values) != expected:
+        raise SampleError("undecodable_audio", f"the header promises {expected} samples, found {len(values)}")
+    if not expected:
+        raise SampleError("empty", "the clip has 0 samples")
+    mono = values.mean(axis=1)
+    if not np.isfinite(mono).all():
+        raise SampleError("bad_audio", f"{int((~np.isfinite(mono)).sum())} of {len(mono)} samples are NaN or infinite")
+    return torch.from_numpy(mono), rate

@@ -1,0 +1,183 @@
+"""From a planned bin to a `PackedBatch`: read byte ranges, decode, let each objective make its documents, pack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from mmctx.datasets.config import DataConfig, SourceConfig
+from mmctx.datasets.decode import decode_sample
+from mmctx.datasets.order import derive_key
+from mmctx.datasets.plan import Bin, Plan, SampleTable
+from mmctx.datasets.source import Source
+from mmctx.errors import ConfigError, SampleError
+from mmctx.objectives import DataHalf
+from mmctx.pack import IGNORE_INDEX, Document, MediaItem, PackedBatch, Skip, pack_documents
+from mmctx.sample import SampleSizes
+from mmctx.tokenizer import TextTokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessors:
+    """How media become items, and how many tokens they will be; None for a modality that the model has no encoder for.
+
+    Attributes:
+        image: picture (3, H, W) uint8 -> item.
+        audio: clip (n,) float32 and its sample rate -> item.
+        image_tokens: widths, heights (n,) -> tokens (n,).
+        audio_tokens: numbers of samples, sample rates (n,) -> tokens (n,).
+    """
+
+    image: Callable[[Tensor], MediaItem]
+    audio: Callable[[Tensor, int], MediaItem]
+    image_tokens: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    audio_tokens: Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+class PackedDataset(Dataset[PackedBatch]):
+    """`dataset[bin]` is the packed batch of that bin.
+
+    A sample that cannot be read or decoded is left out and travels along as a `Skip`; the rest of the bin is unchanged.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[tuple[Source, SourceConfig]],
+        preprocessors: Preprocessors,
+        objectives: Mapping[str, DataHalf],
+        tokenizer: TextTokenizer,
+        seed: int,
+    ) -> None:
+        for source, config in sources:
+            for name in config.objectives:
+                if name not in objectives:
+                    raise ConfigError(
+                        f"data.sources.{source.name}.objectives: no objective {name!r}; there are {sorted(objectives)}"
+                    )
+        self.sources, self.preprocessors, self.objectives = list(sources), preprocessors, dict(objectives)
+        self.tokenizer, self.seed = tokenizer, seed
+
+    def __getitem__(self, bin: Bin) -> PackedBatch:
+        documents: list[Document] = []
+        skips: list[Skip] = []
+        for source_number, sample_id, epoch in bin.samples:
+            try:
+                documents += self.documents(source_number, sample_id, epoch)
+            except SampleError as error:
+                source = self.sources[source_number][0]
+                shard, key = source.locate(sample_id)
+                skips.append(
+                    Skip(source=source.name, shard=str(shard), key=key, reason=error.reason, detail=error.detail)
+                )
+        return pack_documents(documents or [self._nothing()], self.tokenizer.placeholder_ids, skips)
+
+    def documents(self, source_number: int, sample_id: int, epoch: int) -> list[Document]:
+        """All documents of one sample, of every objective of its source.
+
+        Raises:
+            SampleError: the sample cannot be decoded or lacks what an objective needs.
+        """
+        source, config = self.sources[source_number]
+        sample = decode_sample(
+            source.read(sample_id),
+            source=source.name,
+            uid=source_number << 48 | sample_id,
+            texts=config.texts,
+            tokenizer=self.tokenizer,
+            make_image=self.preprocessors.image,
+            make_audio=self.preprocessors.audio,
+        )
+        found: list[Document] = []
+        for name in config.objectives:
+            rng = np.random.default_rng(derive_key(self.seed, name, source.name, sample.key, epoch))
+            documents = self.objectives[name].documents(sample, rng)
+            if not documents:
+                raise SampleError("missing_member", f"objective {name!r} finds nothing to learn from in this sample")
+            found += documents
+        return found
+
+    def _nothing(self) -> Document:
+        """Stands in when every sample of a bin was skipped, so that the rank still takes part in the step."""
+        token = np.array([self.tokenizer.eos_id])
+        return Document(next(iter(self.objectives)), token, np.full_like(token, IGNORE_INDEX), causal=True)
+
+
+def tabulate(
+    source: Source,
+    config: SourceConfig,
+    preprocessors: Preprocessors,
+    objectives: Mapping[str, DataHalf],
+    data: DataConfig,
+) -> tuple[SampleTable, list[Skip]]:
+    """Sizes of a source's usable samples, and a ledger line for each of the others."""
+    ids = np.arange(source.num_samples)
+    sizes: SampleSizes = source.sizes(ids, preprocessors.image_tokens, preprocessors.audio_tokens)
+    by_objective = [objectives[name].lengths(sizes) for name in config.objectives]
+    lengths = np.concatenate(by_objective, axis=1)  # (n, documents)
+    tokens = lengths.sum(axis=1)
+    # Attention's share of the work, in tokens: a document of context length costs about as much again as its other layers.
+    costs = tokens + (lengths.astype(np.float64) ** 2).sum(axis=1) / max(data.context_length, 1)
+    flags = source.flags(ids)
+    reasons = np.full(len(ids), "", dtype=object)
+    reasons[np.array([(part == 0).all(axis=1) for part in by_objective]).any(axis=0)] = "missing_member"
+    reasons[lengths.max(axis=1, initial=0) > data.context_length] = "over_long"
+    reasons[tokens > data.bin_tokens] = "over_long"
+    for number in np.flatnonzero(flags):
+        reasons[number] = source.flag_reason(int(flags[number]))
+    skips = [
+        _skip(source, int(number), str(reasons[number]), lengths[number], data)
+        for number in np.flatnonzero(reasons != "")
+    ]
+    usable = np.flatnonzero(reasons == "")
+    return SampleTable(usable, tokens[usable].astype(np.int64), costs[usable]), skips
+
+
+def _skip(source: Source, sample_id: int, reason: str, lengths: np.ndarray, data: DataConfig) -> Skip:
+    shard, key = source.locate(sample_id)
+    details = {
+        "over_long": f"documents of {lengths[lengths > 0].tolist()} tokens, allowed are data.context_length={data.context_length} each "
+        f"and data.bin_tokens={data.bin_tokens} together",
+        "missing_member": "an objective of this source finds nothing to learn from in this sample",
+    }
+    return Skip(
+        source=source.name, shard=str(shard), key=key, reason=reason, detail=details.get(reason, "found while indexing")
+    )
+
+
+class StepSampler(Sampler[Bin]):
+    """This rank's bins, step after step, from `first_step` up to `last_step`."""
+
+    def __init__(self, plan: Plan, first_step: int, last_step: int, rank: int = 0, world_size: int = 1) -> None:
+        bins = plan.config.bins_per_step
+        if bins % world_size:
+            raise ConfigError(
+                f"data.bins_per_step={bins} is not a multiple of the {world_size} processes; set it to {-(-bins // world_size) * world_size}"
+            )
+        self.plan, self.first_step, self.last_step = plan, first_step, last_step
+        self.rank, self.world_size = rank, world_size
+
+    def __iter__(self) -> Iterator[Bin]:
+        for step in range(self.first_step, self.last_step):
+            yield from self.plan.step(step)[self.rank :: self.world_size]
+
+    def __len__(self) -> int:
+        return (self.last_step - self.first_step) * self.plan.config.bins_per_step // self.world_size
+
+
+def make_loader(
+    dataset: PackedDataset, bins: Sampler[Bin] | Sequence[Bin], config: DataConfig, pin_memory: bool = False
+) -> DataLoader:
+    """A standard DataLoader over bins. It never goes through `accelerator.prepare`, which would shard it a second time."""
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=bins,
+        num_workers=config.num_workers,
+        prefetch_factor=config.prefetch if config.num_workers else None,
+        persistent_workers=False,
+        pin_memory=pin_memory,
+    )

@@ -1,0 +1,62 @@
+"""Packing as pure functions on integers: sizes in, bin numbers out."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def best_fit(sizes: Sequence[int], capacity: int, num_bins: int | None = None) -> np.ndarray | None:
+    """Best fit decreasing: every item goes into the fullest bin that still has room.
+
+    Args:
+        sizes: tokens of each item.
+        capacity: tokens a bin holds; an item larger than it gets a bin of its own.
+        num_bins: bins at most; None for as many as it takes.
+
+    Returns:
+        (n,) int64 bin of each item, numbered from 0, or None if `num_bins` are too few.
+    """
+    if not len(sizes):
+        return np.empty(0, dtype=np.int64)
+    bins = np.empty(len(sizes), dtype=np.int64)
+    order = np.argsort(-np.asarray(sizes), kind="stable")
+    room: list[tuple[int, int]] = []  # (tokens left, bin), sorted
+    opened = 0
+    for item in order.tolist():
+        size = int(sizes[item])
+        at = bisect_left(room, (size, -1))
+        if at < len(room):
+            left, chosen = room.pop(at)
+        else:
+            if opened == num_bins:
+                return None
+            left, chosen = capacity, opened
+            opened += 1
+        bins[item] = chosen
+        insort(room, (left - size, chosen))
+    return bins
+
+
+def even_fit(sizes: Sequence[int], num_bins: int, limit: int) -> np.ndarray | None:
+    """Packs items into exactly `num_bins` bins that are as even as best fit can make them.
+
+    The capacity starts at the even share and grows by one percent until best fit succeeds: MULTIFIT (Coffman, Garey, Johnson 1978) searched
+    from below. Returns None if even `limit` is too small.
+    """
+    capacity = max(int(np.max(sizes)), -(-int(np.sum(sizes)) // num_bins))
+    while capacity <= limit:
+        bins = best_fit(sizes, capacity, num_bins)
+        if bins is not None:
+            return bins
+        capacity = max(capacity + 1, min(int(capacity * 1.01), limit))
+    return None
+
+
+def deal(costs: np.ndarray, num_hands: int) -> np.ndarray:
+    """Deals items to `num_hands` equal hands so that costs are even: sorted, then back and forth. (hands, items a hand)."""
+    order = np.argsort(-costs, kind="stable").reshape(-1, num_hands)
+    order[1::2] = order[1::2, ::-1]
+    return order.T

@@ -1,0 +1,266 @@
+"""The index of a shard: a folder ``SHARD.tar.index`` beside it that tells where each sample lies and how big it is.
+
+    meta.json      format version, the tar's size, mtime and content hash, and details of samples that cannot be used
+    samples.npy    (n,) `SAMPLE_DTYPE`
+    media.npy      (pictures and clips of all samples,) `MEDIA_DTYPE`
+    keys.npy       (n,) fixed-width bytes
+    tokens-<tokenizer>-<texts>.npy    (n, number of texts) int32, see `ShardIndex.tokens`; problems in a .json beside
+
+Arrays are memory-mapped, so that a billion samples need no loading. Samples are measured in `measure.py`, tokens
+counted in `tokens.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmctx.datasets.contents import Problem
+from mmctx.datasets.measure import ShardContents, measure_shard
+from mmctx.datasets.tar import TarMember, map_file, scan_tar
+from mmctx.datasets.tokens import TokenCounter, count_tokens
+from mmctx.errors import DataError
+
+INDEX_VERSION = 1
+_HASHED_ENDS = 1 << 16
+_ATTEMPTS = 5
+_OPEN_ARRAYS = 256  # numpy keeps a file descriptor for each mapped array
+
+
+@dataclass(frozen=True, slots=True)
+class ShardIndex:
+    """An index on disk. It holds names, not arrays: it is small, and may be pickled and forked.
+
+    Attributes:
+        path: the shard.
+        num_samples: samples in it, those that cannot be used included.
+        content_hash: of the shard when it was indexed.
+        token_file: name of the file with token counts, None if none were asked for.
+    """
+
+    path: Path
+    num_samples: int
+    content_hash: str
+    token_file: str | None
+
+    @property
+    def samples(self) -> np.ndarray:
+        """(n,) `measure.SAMPLE_DTYPE`, memory-mapped."""
+        return self._array("samples.npy")
+
+    @property
+    def media(self) -> np.ndarray:
+        """`measure.MEDIA_DTYPE` of all samples' pictures and clips, memory-mapped."""
+        return self._array("media.npy")
+
+    @property
+    def keys(self) -> np.ndarray:
+        """(n,) UTF-8 bytes, memory-mapped."""
+        return self._array("keys.npy")
+
+    @property
+    def tokens(self) -> np.ndarray | None:
+        """(n, max(1, number of texts)) int32, memory-mapped; None if no tokenizer was given.
+
+        -1 where a sample lacks the text; in column 0, ``-1 - code`` where its texts cannot be used, for a code of
+        `contents.REASONS`. An interleaved document counts the sum of its text segments in column 0.
+        """
+        return None if self.token_file is None else self._array(self.token_file)
+
+    def problems(self) -> list[Problem]:
+        """Every sample that cannot be used, first those with unusable members, then those with unusable texts."""
+        folder = index_folder(self.path)
+        entries = _read_json(folder / "meta.json")["problems"]
+        if self.token_file is not None:
+            entries += _read_json((folder / self.token_file).with_suffix(".json"))["problems"]
+        return [Problem(**entry) for entry in entries]
+
+    def _array(self, name: str) -> np.ndarray:
+        return _map_array(f"{self.path}.index/{name}", self.content_hash)  # as index_folder, without the cost of Path
+
+
+@lru_cache(maxsize=_OPEN_ARRAYS)
+def _map_array(path: str, content_hash: str) -> np.ndarray:
+    """`content_hash` is there to tell the arrays of a rebuilt index from the old ones."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)  # memmap's own indexing is slow
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path}: the index cannot be read ({error}); rebuild it with `mmctx data index --force`"
+        ) from None
+
+
+def index_folder(path: str | Path) -> Path:
+    """Where the index of a shard lies."""
+    path = Path(path)
+    return path.with_name(path.name + ".index")
+
+
+def ensure_index(path: Path, counter: TokenCounter | None, texts: tuple[str, ...], force: bool = False) -> ShardIndex:
+    """Indexes a shard, or reuses what an earlier call left: stale parts alone are rebuilt.
+
+    Args:
+        path: a plain ``.tar``.
+        counter: counts tokens; None leaves them out.
+        texts: the source's texts, as `check_texts` returns them.
+        force: rebuild everything.
+
+    Raises:
+        DataError: the shard is missing, damaged or cut short, or the folder cannot be written.
+    """
+    token_file = None if counter is None else token_file_name(counter.fingerprint, texts)
+    for _ in range(_ATTEMPTS):
+        try:
+            stale = _inode(index_folder(path))
+            if force or not is_fresh(path):
+                _build(path, stale)
+                force = False
+            if counter is not None and token_file is not None:
+                _ensure_tokens(path, counter, texts, token_file)
+            meta = _read_json(index_folder(path) / "meta.json")
+            return ShardIndex(path, meta["num_samples"], meta["content_hash"], token_file)
+        except FileNotFoundError:  # another process replaced the folder under us: look again
+            continue
+        except OSError as error:
+            remedy = "index shards where you may write, or copy them there"
+            raise DataError(f"{index_folder(path)}: cannot be written ({error.strerror}); {remedy}") from None
+    raise DataError(
+        f"{index_folder(path)}: replaced {_ATTEMPTS} times while in use; stop the other processes that index it"
+    )
+
+
+def is_fresh(path: Path) -> bool:
+    """Whether the index belongs to the shard as it is now.
+
+    Equal size and mtime decide at once; otherwise the content hash does, and an equal one makes the new mtime known.
+
+    Raises:
+        DataError: the shard is missing or damaged.
+    """
+    try:
+        meta = _read_json(index_folder(path) / "meta.json")
+    except (FileNotFoundError, DataError):
+        return False
+    size, mtime_ns = _stat(path)
+    if meta.get("version") != INDEX_VERSION or meta["size"] != size:
+        return False
+    if meta["mtime_ns"] == mtime_ns:
+        return True
+    if meta["content_hash"] != content_hash(path, list(scan_tar(path))):
+        return False
+    _write_json(index_folder(path) / "meta.json", meta | {"mtime_ns": mtime_ns})
+    return True
+
+
+def content_hash(path: Path, members: Sequence[TarMember]) -> str:
+    """Names the content: both ends of the file and every header (names, sizes and times), not all of the data."""
+    digest = hashlib.blake2b(digest_size=16)
+    with map_file(path) as buffer:
+        digest.update(buffer[:_HASHED_ENDS])
+        digest.update(buffer[-_HASHED_ENDS:])
+        for member in members:
+            digest.update(buffer[member.header : member.offset])
+    return digest.hexdigest()
+
+
+def token_file_name(fingerprint: str, texts: Sequence[str]) -> str:
+    """Name of the file of token counts: another tokenizer or other texts are another file."""
+    declared = hashlib.blake2b(json.dumps(list(texts)).encode(), digest_size=8).hexdigest()
+    return f"tokens-{fingerprint}-{declared}.npy"
+
+
+def _build(path: Path, stale: int | None) -> None:
+    """Measures the shard into a new folder, then puts it in place of the one with inode `stale`."""
+    size, mtime_ns = _stat(path)  # before reading: a shard that changes meanwhile must look stale
+    members = list(scan_tar(path))
+    contents = measure_shard(path, members)
+    meta = {
+        "version": INDEX_VERSION,
+        "size": size,
+        "mtime_ns": mtime_ns,
+        "content_hash": content_hash(path, members),
+        "num_samples": len(contents.samples),
+        "problems": [problem._asdict() for problem in contents.problems],
+    }
+    folder = index_folder(path)
+    fresh = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    fresh.mkdir()
+    try:
+        _write_contents(fresh, contents)
+        _write_json(fresh / "meta.json", meta)
+        _swap(fresh, folder, stale)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _write_contents(folder: Path, contents: ShardContents) -> None:
+    np.save(folder / "samples.npy", contents.samples)
+    np.save(folder / "media.npy", contents.media)
+    np.save(folder / "keys.npy", contents.keys)
+
+
+def _swap(fresh: Path, folder: Path, stale: int | None) -> None:
+    """Puts `fresh` where `folder` is; a reader sees the old index, none, or the new one, never a part."""
+    old = fresh.with_name(fresh.name + ".old")
+    if stale is not None and _inode(folder) == stale:
+        folder.rename(old)
+    try:
+        fresh.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # else another process has put its own index there since, as good as ours
+            raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _inode(folder: Path) -> int | None:
+    try:
+        return folder.stat().st_ino
+    except FileNotFoundError:
+        return None
+
+
+def _ensure_tokens(path: Path, counter: TokenCounter, texts: tuple[str, ...], token_file: str) -> None:
+    folder = index_folder(path)
+    if (folder / token_file).is_file():
+        return
+    samples = np.load(folder / "samples.npy", allow_pickle=False)
+    tokens, problems = count_tokens(path, samples, counter, texts)
+    about = {
+        "fingerprint": counter.fingerprint,
+        "texts": texts,
+        "problems": [problem._asdict() for problem in problems],
+    }
+    _write_json((folder / token_file).with_suffix(".json"), about)
+    part = folder / f".{uuid.uuid4().hex}.npy"
+    np.save(part, tokens)
+    part.replace(folder / token_file)  # last: where the array is, the rest is too
+
+
+def _stat(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such shard; check the path or fetch the file") from None
+    return found.st_size, found.st_mtime_ns
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON ({error}); rebuild it with `mmctx data index --force`") from None
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    part = path.with_name(f".{uuid.uuid4().hex}.json")
+    part.write_text(json.dumps(content))
+    part.replace(path)

@@ -1,0 +1,210 @@
+"""A source: the samples of many indexed shards under one numbering, their sizes and their bytes."""
+
+from __future__ import annotations
+
+import bisect
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmctx.datasets.contents import REASONS
+from mmctx.datasets.measure import MEDIA_KINDS
+from mmctx.datasets.sidecar import ShardIndex
+from mmctx.datasets.tar import parse_members
+from mmctx.errors import DataError
+from mmctx.sample import SampleSizes
+
+MediaTokens = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""(widths, heights) or (numbers of samples, rates in Hz), each (m,) int64 -> tokens (m,)."""
+
+_OPEN_FILES = 64
+_STALE = "the index is stale, rebuild it with `mmctx data index --force`"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RawSample:
+    """The bytes of one sample, not yet decoded.
+
+    Attributes:
+        key: the WebDataset key.
+        shard: the file it came from.
+        members: lower-cased extension -> bytes.
+    """
+
+    key: str
+    shard: str
+    members: dict[str, bytes]
+
+
+class Source:
+    """Samples 0 .. num_samples - 1 of `shards`, laid end to end.
+
+    May be pickled and forked: workers open the shards themselves.
+
+    Args:
+        name: of the source in the config.
+        shards: their indexes, all made with the same tokenizer and texts.
+        texts: the texts that the source declares.
+
+    Raises:
+        DataError: the shards hold no samples.
+    """
+
+    def __init__(self, name: str, shards: Sequence[ShardIndex], texts: Sequence[str]) -> None:
+        self.name = name
+        self.shards = list(shards)
+        self.texts = tuple(texts)
+        self._bounds = np.cumsum([0, *(shard.num_samples for shard in self.shards)])  # (shards + 1,)
+        self._starts = self._bounds.tolist()  # plain integers: one look-up costs less than in an array
+        if not self.num_samples:
+            raise DataError(
+                f"source {name!r}: its {len(self.shards)} shards hold no samples; check data.sources.{name}.shards"
+            )
+        self._files: OrderedDict[str, FileIO] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_files": OrderedDict()}
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in all shards, those that cannot be used included."""
+        return int(self._bounds[-1])
+
+    def sizes(self, ids: np.ndarray, image_tokens: MediaTokens, audio_tokens: MediaTokens) -> SampleSizes:
+        """Sizes of samples in model tokens, from the indexes alone.
+
+        Args:
+            ids: (n,) sample numbers in any order.
+            image_tokens: tokens of pictures.
+            audio_tokens: tokens of clips.
+
+        Raises:
+            DataError: the shards were indexed without a tokenizer.
+        """
+        ids = np.asarray(ids)
+        text = np.full((len(ids), max(1, len(self.texts))), -1, np.int64)
+        interleaved = np.zeros(len(ids), bool)
+        owners, media = [np.zeros(0, np.int64)], []
+        for shard, where, local in self._by_shard(ids):
+            text[where] = np.maximum(self._tokens(shard)[local], -1)
+            samples = shard.samples[local]
+            interleaved[where] = samples["interleaved"] != 0
+            owners.append(np.repeat(where, samples["num_media"]))
+            media.append(shard.media[_rows(samples["media_start"], samples["num_media"])])
+        owner = np.concatenate(owners)
+        totals = []
+        for kind, count in zip(MEDIA_KINDS, (image_tokens, audio_tokens), strict=True):
+            total = np.zeros(len(ids), np.int64)
+            if len(owner):
+                rows = np.concatenate(media)
+                mine = rows["kind"] == MEDIA_KINDS.index(kind)
+                a, b = rows["a"][mine].astype(np.int64), rows["b"][mine].astype(np.int64)
+                np.add.at(total, owner[mine], count(a, b))
+            totals.append(total)
+        return SampleSizes(text_tokens=text, image_tokens=totals[0], audio_tokens=totals[1], interleaved=interleaved)
+
+    def flags(self, ids: np.ndarray) -> np.ndarray:
+        """(n,) uint8 codes of `contents.REASONS`, 0 for samples that can be used."""
+        ids = np.asarray(ids)
+        flags = np.zeros(len(ids), np.uint8)
+        for shard, where, local in self._by_shard(ids):
+            found = shard.samples["flag"][local]
+            if shard.tokens is not None:  # texts depend on the source, so their problems are kept with the token counts
+                of_texts = np.maximum(-1 - shard.tokens[local, 0], 0).astype(np.uint8)
+                found = np.where(found, found, of_texts)
+            flags[where] = found
+        return flags
+
+    @staticmethod
+    def flag_reason(code: int) -> str:
+        """The word of `contents.REASONS` for a code that `flags` gave."""
+        return REASONS[code]
+
+    def usable_ids(self) -> np.ndarray:
+        """(m,) int64 numbers of the samples that can be used, ascending."""
+        parts = []
+        for number in range(len(self.shards)):
+            ids = np.arange(self._bounds[number], self._bounds[number + 1])
+            parts.append(ids[self.flags(ids) == 0])
+        return np.concatenate(parts)
+
+    def locate(self, sample_id: int) -> tuple[Path, str]:
+        """(shard, key) of a sample."""
+        shard, local = self._find(sample_id)
+        return shard.path, shard.keys[local].decode("utf-8", "surrogateescape")
+
+    def read(self, sample_id: int) -> RawSample:
+        """Reads the bytes of one sample.
+
+        Raises:
+            DataError: the shard is missing, cut short, or no longer what was indexed.
+            SampleError: ``duplicate_member``.
+        """
+        shard, local = self._find(sample_id)
+        path, key = str(shard.path), shard.keys[local].decode("utf-8", "surrogateescape")
+        entry = shard.samples[local]
+        offset, size = int(entry["offset"]), int(entry["size"])
+        data = os.pread(self._open(path).fileno(), size, offset)
+        if len(data) != size:
+            raise DataError(
+                f"{path}: offset {offset}: sample {key!r} should have {size} bytes, found {len(data)}; {_STALE}"
+            )
+        try:
+            members = parse_members(data, key=key, where=f"{path} at offset {offset}")
+        except DataError as error:
+            if type(error) is not DataError:  # a SampleError says what is wrong with the sample itself
+                raise
+            raise DataError(f"{error}; {_STALE}") from None
+        return RawSample(key, path, members)
+
+    def _find(self, sample_id: int) -> tuple[ShardIndex, int]:
+        if not 0 <= sample_id < self.num_samples:
+            raise IndexError(f"source {self.name!r}: sample {sample_id} is not among 0..{self.num_samples - 1}")
+        number = bisect.bisect_right(self._starts, sample_id) - 1
+        return self.shards[number], int(sample_id) - self._starts[number]
+
+    def _by_shard(self, ids: np.ndarray) -> Iterator[tuple[ShardIndex, np.ndarray, np.ndarray]]:
+        """(shard, positions in `ids`, numbers inside the shard) for each shard that `ids` touch."""
+        if len(ids) and (ids.min() < 0 or ids.max() >= self.num_samples):
+            raise IndexError(f"source {self.name!r}: samples {ids.min()}..{ids.max()} exceed 0..{self.num_samples - 1}")
+        numbers = np.searchsorted(self._bounds, ids, side="right") - 1
+        order = np.argsort(numbers, kind="stable")
+        for where in np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1):
+            if len(where):
+                number = numbers[where[0]]
+                yield self.shards[number], where, ids[where] - self._bounds[number]
+
+    def _tokens(self, shard: ShardIndex) -> np.ndarray:
+        tokens = shard.tokens
+        if tokens is None:
+            raise DataError(
+                f"{shard.path}: indexed without a tokenizer, sizes need one; run `mmctx data index` with the config"
+            )
+        return tokens
+
+    def _open(self, path: str) -> FileIO:
+        """Evicted files close when their last reader lets go, so that threads may share a source."""
+        file = self._files.pop(path, None)
+        if file is None:
+            try:
+                file = FileIO(path)
+            except OSError as error:
+                raise DataError(
+                    f"{path}: cannot be opened ({error.strerror}); restore the shard or remove it from the source"
+                ) from None
+        self._files[path] = file
+        while len(self._files) > _OPEN_FILES:
+            self._files.popitem(last=False)
+        return file
+
+
+def _rows(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Numbers starts[i] .. starts[i] + counts[i] - 1 of every i, end to end."""
+    ends = np.cumsum(counts)
+    return np.repeat(starts - (ends - counts), counts) + np.arange(ends[-1] if len(ends) else 0)

@@ -1,0 +1,256 @@
+"""A fast reader of plain tar archives: headers are sliced as bytes, data is skipped until asked for.
+
+The WebDataset conventions decide what a sample is: consecutive members whose names agree up to the first dot of
+the base name.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from mmctx.errors import DataError, SampleError
+
+BLOCK = 512
+_ZEROS = bytes(BLOCK)
+_REGULAR = b"0\x007"  # regular, regular of pre-POSIX archives, contiguous
+_CUT_SHORT = "the file was cut short; copy or write it again"
+_NOT_TAR = "a compressed shard must be decompressed, a damaged one copied or written again"
+
+
+class TarMember(NamedTuple):
+    """Where one regular file of an archive lies.
+
+    Attributes:
+        name: path inside the archive.
+        offset: first byte of the data.
+        size: bytes of data, padding not counted.
+        header: first byte of the member's headers, those that carry a long name included.
+    """
+
+    name: str
+    offset: int
+    size: int
+    header: int
+
+
+class TarSample(NamedTuple):
+    """Consecutive members that share a key.
+
+    Attributes:
+        key: directory and base name up to its first dot.
+        members: (lower-cased extension, member), in the order of the archive; an extension may occur twice.
+    """
+
+    key: str
+    members: list[tuple[str, TarMember]]
+
+    @property
+    def start(self) -> int:
+        """First byte of the first member's headers."""
+        return self.members[0][1].header
+
+    @property
+    def end(self) -> int:
+        """One past the last byte of the last member's data."""
+        last = self.members[-1][1]
+        return last.offset + last.size
+
+
+def scan_tar(path: str | Path) -> Iterator[TarMember]:
+    """Yields the regular files of a plain tar in order, reading headers only.
+
+    Raises:
+        DataError: the file is missing, empty, compressed or cut short, or a header is damaged.
+    """
+    with map_file(path) as buffer:
+        yield from _walk(buffer, str(path))
+
+
+def map_file(path: str | Path) -> mmap.mmap:
+    """The file's bytes, mapped for reading.
+
+    Raises:
+        DataError: the file is missing, unreadable or empty.
+    """
+    try:
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                raise DataError(f"{path}: found 0 bytes, expected a tar archive; copy or write it again")
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such shard; check the path or fetch the file") from None
+    except OSError as error:
+        raise DataError(
+            f"{path}: the shard cannot be read ({error.strerror}); check that it is a file and its mode"
+        ) from None
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """(key, lower-cased extension) of a member, None for one that belongs to no sample.
+
+    ``a/b.left.PNG`` has key ``a/b`` and extension ``left.png``. As in WebDataset, names without an extension, hidden
+    files (``._b.jpg`` of macOS) and what lies under ``__meta__`` belong to no sample.
+    """
+    base = name.rfind("/") + 1
+    dot = name.find(".", base)
+    if dot <= base or (name.startswith("__") and _is_meta(name)):
+        return None
+    return name[:dot], name[dot + 1 :].lower()
+
+
+def _is_meta(name: str) -> bool:
+    first = name.partition("/")[0]
+    return len(first) >= 4 and first.endswith("__")
+
+
+def group_samples(members: Iterable[TarMember]) -> Iterator[TarSample]:
+    """Groups consecutive members that share a key; members without a key are left out and do not end a sample."""
+    sample: TarSample | None = None
+    for member in members:
+        split = split_name(member.name)
+        if split is None:
+            continue
+        key, extension = split
+        if sample is None or sample.key != key:
+            if sample is not None:
+                yield sample
+            sample = TarSample(key, [])
+        sample.members.append((extension, member))
+    if sample is not None:
+        yield sample
+
+
+def parse_members(data: bytes, key: str | None = None, where: str = "sample") -> dict[str, bytes]:
+    """The members in one sample's byte range, by lower-cased extension.
+
+    Args:
+        data: bytes from `TarSample.start` to `TarSample.end`.
+        key: if given, every member must have this key.
+        where: names the bytes in errors.
+
+    Raises:
+        DataError: the bytes are no whole tar members, or one has another key.
+        SampleError: ``duplicate_member``.
+    """
+    members: dict[str, bytes] = {}
+    # Checksums were verified when the shard was indexed; the key tells whether these are still the same bytes.
+    for member in _walk(data, where, verify=False):
+        split = split_name(member.name)
+        if split is None:
+            continue
+        found, extension = split
+        if key is not None and found != key:
+            raise DataError(f"{where}: expected members of {key!r}, found {found!r}")
+        if extension in members:
+            raise SampleError("duplicate_member", f"{where}: two members with extension {extension!r}")
+        members[extension] = data[member.offset : member.offset + member.size]
+    if key is not None and not members:
+        raise DataError(f"{where}: expected members of {key!r}, found none")
+    return members
+
+
+def _walk(buffer: bytes | mmap.mmap, where: str, verify: bool = True) -> Iterator[TarMember]:
+    """Yields the regular files in `buffer`; offsets count from its start."""
+    position, total = 0, len(buffer)
+    first: int | None = None  # where the headers of the coming member start, if extension headers precede it
+    extended: dict[str, str] = {}
+    while position < total:
+        block = buffer[position : position + BLOCK]
+        if len(block) < BLOCK:
+            raise DataError(
+                f"{where}: offset {position}: expected a {BLOCK}-byte header, found {len(block)} bytes; {_CUT_SHORT}"
+            )
+        if block == _ZEROS:
+            break
+        if verify:
+            _verify_checksum(block, where, position)
+        kind = block[156:157]
+        first = position if first is None else first
+        offset = position + BLOCK
+        size = _number(block[124:136], where, position)
+        if "size" in extended and kind not in b"xgLK":
+            size = _decimal(extended["size"], where, position)
+        if offset + size > total:
+            name = extended.get("path") or _name(block)
+            found = f"member {name!r} should have {size} bytes, found {total - offset}"
+            raise DataError(f"{where}: offset {offset}: {found}; {_CUT_SHORT}")
+        position = offset + (size + BLOCK - 1) // BLOCK * BLOCK
+        if kind == b"x":
+            extended |= _pax_records(buffer[offset : offset + size], where, offset)
+            continue
+        if kind == b"L":
+            extended["path"] = _text(buffer[offset : offset + size])
+            continue
+        if kind in b"Kg":  # long link target, global defaults: nothing of ours in them
+            continue
+        if kind in _REGULAR:
+            name = extended.get("path") or _name(block)
+            if not name.endswith("/"):  # pre-POSIX archives mark directories so
+                yield TarMember(name, offset, size, first)
+        first, extended = None, {}
+    if extended:
+        raise DataError(
+            f"{where}: offset {position}: expected a member after its long name, found the end; {_CUT_SHORT}"
+        )
+
+
+def _verify_checksum(block: bytes, where: str, position: int) -> None:
+    found = sum(block) - sum(block[148:156]) + 8 * 0x20  # the field itself counts as spaces
+    expected = _number(block[148:156], where, position)
+    if found != expected:
+        raise DataError(f"{where}: offset {position}: header checksum should be {expected}, found {found}; {_NOT_TAR}")
+
+
+def _number(field: bytes, where: str, position: int) -> int:
+    """An octal or, with the top bit set, base-256 header field."""
+    if field[0] == 0x80:
+        return int.from_bytes(field[1:], "big")
+    try:
+        return int(field.strip(b" \0") or b"0", 8)
+    except ValueError:
+        raise DataError(
+            f"{where}: offset {position}: header number should be octal, found {field!r}; {_NOT_TAR}"
+        ) from None
+
+
+def _decimal(text: str, where: str, position: int) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise DataError(
+            f"{where}: offset {position}: PAX size should be a number, found {text!r}; write the shard again"
+        )
+    return int(text)
+
+
+def _text(field: bytes) -> str:
+    end = field.find(b"\0")
+    return (field if end < 0 else field[:end]).decode("utf-8", "surrogateescape")
+
+
+def _name(block: bytes) -> str:
+    name = _text(block[:100])
+    if block[345] and block[257:263] == b"ustar\0":  # GNU archives keep other things in the prefix field
+        return f"{_text(block[345:500])}/{name}"
+    return name
+
+
+def _pax_records(data: bytes, where: str, offset: int) -> dict[str, str]:
+    """``path`` and ``size`` among records of the form ``LENGTH KEY=VALUE\\n``."""
+    records: dict[str, str] = {}
+    position = 0
+    while position < len(data) and data[position]:
+        space = data.find(b" ", position)
+        digits = data[position:space]
+        length = int(digits) if space > position and digits.isdigit() else 0
+        record = data[space + 1 : position + length - 1]
+        key, equals, value = record.partition(b"=")
+        if not equals or data[position + length - 1 : position + length] != b"\n":
+            found = f"expected a PAX record, found {data[position : position + 40]!r}"
+            raise DataError(f"{where}: offset {offset + position}: {found}; write the shard again")
+        if key in (b"path", b"size"):
+            records[key.decode()] = value.decode("utf-8", "surrogateescape")
+        position += length
+    return records

@@ -1,0 +1,138 @@
+"""Counts the tokens of a shard's texts. Imports no torch: index workers start fast."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mmctx.datasets.contents import REASONS, Problem, parse_json, parse_segments, read_text, text_members
+from mmctx.datasets.measure import MemberReader
+from mmctx.datasets.tar import group_samples, scan_tar
+from mmctx.errors import DataError, SampleError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from mmctx.tokenizer import TextTokenizer
+
+_BATCH_TEXTS, _BATCH_CHARACTERS = 1024, 1 << 22
+
+
+class TokenCounter:
+    """Counts tokens exactly as `TextTokenizer` does, from the Rust tokenizer alone; may be pickled.
+
+    Args:
+        definition: a ``tokenizer.json`` as text.
+        fingerprint: of the tokenizer it came from.
+    """
+
+    def __init__(self, definition: str, fingerprint: str) -> None:
+        self.definition = definition
+        self.fingerprint = fingerprint
+        self._tokenizer: Tokenizer | None = None
+
+    @classmethod
+    def of(cls, tokenizer: TextTokenizer) -> TokenCounter:
+        """The counter of a tokenizer."""
+        return cls(tokenizer.hf.backend_tokenizer.to_str(), tokenizer.fingerprint)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_tokenizer": None}
+
+    def count(self, texts: Sequence[str]) -> list[int]:
+        """Number of tokens of each text, special tokens written out in it read as plain characters."""
+        if self._tokenizer is None:
+            from tokenizers import Tokenizer
+
+            self._tokenizer = Tokenizer.from_str(self.definition)
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            self._tokenizer.encode_special_tokens = True
+        return [len(e) for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+def count_tokens(
+    path: Path, samples: np.ndarray, counter: TokenCounter, texts: Sequence[str]
+) -> tuple[np.ndarray, list[Problem]]:
+    """Counts the tokens of every declared text of a shard that has been measured.
+
+    Returns:
+        (n, max(1, number of texts)) int32 as `ShardIndex.tokens` describes, and the samples whose texts cannot be used.
+
+    Raises:
+        DataError: the shard changed since it was measured.
+    """
+    counts = np.zeros((len(samples), max(1, len(texts))), np.int32)
+    present = np.zeros(counts.shape, bool)
+    keys: list[str] = []
+    problems: dict[int, Problem] = {}
+    for cells, batch in _batches(_declared_texts(path, samples, texts, keys, problems)):
+        rows, columns = np.array(cells).T
+        np.add.at(counts, (rows, columns), counter.count(batch))  # segments of one document share a cell
+        present[rows, columns] = True
+    no_text = present & (counts == 0)
+    nothing = (counts.sum(1) == 0) & (samples["num_media"] == 0)
+    empty = (samples["flag"] == 0) & (nothing | (no_text.any(1) & (samples["interleaved"] == 0)))
+    for number in np.flatnonzero(empty).tolist():
+        problems.setdefault(number, Problem(keys[number], "empty", f"no media and no tokens in {', '.join(texts)}"))
+    tokens = np.where(present, counts, -1).astype(np.int32)
+    for number, problem in problems.items():
+        tokens[number] = -1
+        tokens[number, 0] = -1 - REASONS.index(problem.reason)
+    return tokens, [problems[number] for number in sorted(problems)]
+
+
+def _declared_texts(
+    path: Path, samples: np.ndarray, texts: Sequence[str], keys: list[str], problems: dict[int, Problem]
+) -> Iterator[tuple[tuple[int, int], str]]:
+    """Yields ((sample, column), text); fills `keys` of all samples and `problems` of unusable texts."""
+    wanted = text_members(texts)
+    offsets, flags = samples["offset"].tolist(), samples["flag"].tolist()
+    with path.open("rb", buffering=0) as file:
+        reader = MemberReader(file.fileno(), str(path))
+        for number, sample in enumerate(group_samples(scan_tar(path))):
+            if number >= len(offsets) or sample.start != offsets[number]:
+                raise DataError(f"{path}: changed while it was being indexed; index it again when it is complete")
+            keys.append(sample.key)
+            if flags[number]:
+                continue
+            members = {extension: reader.read(m) for extension, m in sample.members if extension in wanted}
+            try:
+                columns = list(_columns(members, texts))
+            except SampleError as error:
+                problems[number] = Problem(sample.key, error.reason, error.detail)
+                continue
+            for column, text in columns:
+                yield (number, column), text
+
+
+def _columns(members: Mapping[str, bytes], texts: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """(column, text) of one sample."""
+    document = parse_json(members)
+    segments = parse_segments(document)
+    if segments is not None:
+        yield from ((0, segment.value) for segment in segments if segment.kind == "text")
+        return
+    for column, entry in enumerate(texts):
+        text = read_text(entry, members, document)
+        if text is not None:
+            yield column, text
+
+
+def _batches(cells: Iterator[tuple[tuple[int, int], str]]) -> Iterator[tuple[list[tuple[int, int]], list[str]]]:
+    """Bounds the number of texts and of characters that are tokenized at once."""
+    places: list[tuple[int, int]] = []
+    batch: list[str] = []
+    characters = 0
+    for place, text in cells:
+        places.append(place)
+        batch.append(text)
+        characters += len(text)
+        if len(batch) >= _BATCH_TEXTS or characters >= _BATCH_CHARACTERS:
+            yield places, batch
+            places, batch, characters = [], [], 0
+    if batch:
+        yield places, batch

@@ -1,0 +1,176 @@
+"""Sound: from log-mel frames to embeddings, all clips of a batch packed end to end.
+
+Shapes: F frames of all clips, M mel bins, L frames in slots, C width, R embeddings of all clips (L = R * stride),
+D trunk width, H heads of d channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mmctx.attention import attention
+from mmctx.encoders.log_mel import AudioEncoderConfig, AudioPreprocessor
+from mmctx.encoders.projector import build_projector
+from mmctx.errors import DataError
+from mmctx.layout import DocumentLayout
+from mmctx.pack import MediaBatch
+
+__all__ = ["AudioEncoder", "AudioEncoderConfig", "AudioPreprocessor"]
+
+
+class AudioEncoder(nn.Module):
+    """Clips to embeddings: convolutions of stride 2, sinusoidal positions, bidirectional blocks (Whisper), projector.
+
+    A clip longer than `chunk_seconds` is cut into chunks that do not see each other, as if each were a clip.
+
+    Args:
+        config: sizes of the encoder.
+        dim: D, width of the trunk.
+        attention_backend: see `mmctx.attention.attention`.
+    """
+
+    positions: Tensor  # (tokens of a full chunk, C)
+
+    def __init__(self, config: AudioEncoderConfig, dim: int, attention_backend: str = "auto") -> None:
+        super().__init__()
+        self.config = config
+        self.attention_backend = attention_backend
+        num_convs = config.stride.bit_length() - 1
+        in_widths = [config.num_mels] + [config.width] * (num_convs - 1)
+        self.convs = nn.ModuleList(PairConv(in_width, config.width) for in_width in in_widths)
+        self.blocks = nn.ModuleList(AudioBlock(config.width, config.num_heads) for _ in range(config.depth))
+        self.projector = build_projector(config.projector, config.width, dim)
+        self.register_buffer(
+            "positions", sinusoids(config.chunk_frames // config.stride, config.width), persistent=False
+        )
+
+    def forward(self, media: MediaBatch) -> Tensor:
+        """Encodes all clips of a batch.
+
+        Args:
+            media: `values` (F, M) frames of all clips end to end, `lengths` the frames of each clip.
+
+        Returns:
+            (R, D) embeddings, R = sum(media.num_tokens), clips in order.
+
+        Raises:
+            DataError: frames or embeddings are not as many as the batch promises.
+        """
+        stride = self.config.stride
+        expected = tuple(-(-n // stride) for n in media.lengths)
+        if expected != media.num_tokens:
+            raise DataError(
+                f"clips of {sum(media.lengths)} frames become {sum(expected)} embeddings at stride {stride}, but the "
+                f"batch has room for {sum(media.num_tokens)}: preprocessor and encoder differ in their config"
+            )
+        if media.values.shape != (sum(media.lengths), self.config.num_mels):
+            raise DataError(
+                f"the clips should hold ({sum(media.lengths)}, {self.config.num_mels}) frames, found "
+                f"{tuple(media.values.shape)}"
+            )
+        device = media.values.device
+        slots = Slots.of_clips(media.lengths, self.config.chunk_frames, stride)
+        offsets = torch.from_numpy(slots.offsets).to(device, non_blocking=True)  # (L,)
+        real = torch.from_numpy(slots.real).to(device, non_blocking=True)[:, None]  # (L, 1)
+        x = self._frames_in_slots(media.values, slots, device)  # (L, M)
+        for conv in self.convs:
+            offsets, real = offsets[::2], real[::2]
+            x = nn.functional.gelu(conv(x, starts=offsets == 0)) * real  # (L/2, C), (L/4, C) ... (R, C)
+        x = x + self.positions[offsets // stride]
+        layout = DocumentLayout.from_lengths(slots.num_tokens, num_causal=0, device=device)
+        for block in self.blocks:
+            x = block(x, layout, self.attention_backend)
+        return self.projector(x)
+
+    def _frames_in_slots(self, values: Tensor, slots: Slots, device: torch.device) -> Tensor:
+        """(F, M) -> (L, M): each chunk at the start of its slot, zeros behind it."""
+        values = values.to(self.positions.dtype)
+        if slots.real.all():
+            return values
+        index = torch.from_numpy(np.flatnonzero(slots.real)).to(device, non_blocking=True)
+        return values.new_zeros(len(slots.real), values.shape[1]).index_copy(0, index, values)
+
+    def empty_batch(self, device: torch.device | str) -> MediaBatch:
+        """One clip of zeros that fills no slot, for ranks without sound: multiply its embedding by zero."""
+        nowhere = torch.zeros(0, dtype=torch.int64, device=device)
+        values = torch.zeros(self.config.stride, self.config.num_mels, device=device)
+        return MediaBatch(values=values, lengths=(self.config.stride,), num_tokens=(1,), slots=nowhere, rows=nowhere)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Slots:
+    """Where each frame of each chunk lies, on the host.
+
+    A chunk of f frames takes a slot of ceil(f / stride) * stride. Slots begin at multiples of the stride, so after k
+    halvings position p still belongs to the same slot, and it is real where its frame p * 2**k was: `[::2]` carries all
+    arrays to the next level, and the last level has no padding left.
+
+    Attributes:
+        offsets: (L,) int64 position of each frame in its slot.
+        real: (L,) bool, false for padding.
+        num_tokens: embeddings of each chunk.
+    """
+
+    offsets: np.ndarray
+    real: np.ndarray
+    num_tokens: list[int]
+
+    @classmethod
+    def of_clips(cls, lengths: Sequence[int], chunk_frames: int, stride: int) -> Slots:
+        """Cuts clips of `lengths` frames into chunks of at most `chunk_frames` and gives each a slot."""
+        cuts = [min(chunk_frames, length - start) for length in lengths for start in range(0, length, chunk_frames)]
+        frames = np.array(cuts, dtype=np.int64)
+        num_tokens = -(-frames // stride)
+        sizes = num_tokens * stride
+        offsets = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        return cls(offsets=offsets, real=offsets < np.repeat(frames, sizes), num_tokens=num_tokens.tolist())
+
+
+class PairConv(nn.Module):
+    """Convolution of kernel 3, stride 2 and padding 1 over chunks that lie end to end.
+
+    Output i sees frames 2i-1, 2i and 2i+1. The last two are one row of a view; the first ends the row above, or is zero
+    where a chunk starts. As windows times a matrix this needs no gaps between chunks, and on CPU it is 1.2 to 1.3
+    times as fast as `conv1d`.
+    """
+
+    def __init__(self, in_width: int, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3 * in_width, width)  # columns: kernel tap 0, 1, 2
+
+    def forward(self, x: Tensor, starts: Tensor) -> Tensor:
+        """(L, C_in) and (L/2,) bool, true where a chunk starts -> (L/2, C). Rows that are padding must be zero."""
+        pairs = x.view(len(x) // 2, -1)  # (L/2, 2 * C_in)
+        before = nn.functional.pad(pairs[:-1, x.shape[1] :], (0, 0, 1, 0)).masked_fill(starts[:, None], 0)
+        return self.linear(torch.cat([before, pairs], dim=1))
+
+
+class AudioBlock(nn.Module):
+    """Pre-norm transformer block: bidirectional attention inside each chunk, GELU feed-forward layer."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor, layout: DocumentLayout, backend: str) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).view(len(x), 3, self.num_heads, -1).unbind(1)  # (R, H, d) each
+        x = x + self.out(attention(q, k, v, layout, backend=backend).reshape(x.shape))
+        return x + self.mlp(self.norm2(x))
+
+
+def sinusoids(length: int, width: int) -> Tensor:
+    """Fixed positions (length, width): sines, then cosines, wavelengths 2 pi to 20,000 pi."""
+    rates = torch.exp(torch.arange(width // 2) * (-math.log(10_000) / max(width // 2 - 1, 1)))
+    angles = torch.arange(length)[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()], dim=1)

@@ -1,0 +1,148 @@
+"""Sound: from a waveform to log-mel frames, with sizes that are exact before anything runs.
+
+Shapes: n samples, F frames, M mel bins.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from mmctx.config import StrictModel
+from mmctx.encoders.projector import ProjectorKind
+from mmctx.errors import SampleError
+from mmctx.pack import MediaItem
+
+
+class AudioEncoderConfig(StrictModel):
+    """A sound encoder: log-mel frames, convolutions of stride 2, a small transformer, a projector."""
+
+    sample_rate: int = Field(default=16_000, ge=1)
+    """Samples per second that clips are resampled to."""
+    n_fft: int = Field(default=400, ge=2)
+    """Window of the Fourier transform, samples; shorter clips are padded with silence."""
+    hop_length: int = Field(default=160, ge=1)
+    """Samples from one frame to the next."""
+    num_mels: int = Field(default=80, ge=1)
+    """M: mel bins per frame."""
+    stride: int = Field(default=8, ge=2)
+    """Frames per embedding: a power of two, one convolution of stride 2 for each doubling."""
+    width: int = Field(default=384, ge=2)
+    """Channels of the convolutions and of the transformer; even."""
+    depth: int = Field(default=4, ge=1)
+    """Transformer blocks."""
+    num_heads: int = Field(default=6, ge=1)
+    """Attention heads; they divide `width`."""
+    chunk_seconds: float = Field(default=30.0, gt=0)
+    """Longer clips are encoded in chunks of this length, each blind to the others."""
+    projector: ProjectorKind = "mlp"
+    """How features become embeddings: `linear` or two layers (`mlp`)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> AudioEncoderConfig:
+        if self.stride & (self.stride - 1):
+            raise ValueError(f"stride {self.stride} is not a power of two")
+        if self.width % self.num_heads:
+            raise ValueError(f"num_heads {self.num_heads} does not divide width {self.width}")
+        if self.width % 2:
+            raise ValueError(f"width {self.width} is odd: the sinusoidal positions need sine and cosine pairs")
+        if self.chunk_frames < self.stride:
+            raise ValueError(
+                f"chunk_seconds {self.chunk_seconds} is shorter than one embedding: {self.stride} frames of "
+                f"{self.hop_length} samples"
+            )
+        return self
+
+    @property
+    def chunk_frames(self) -> int:
+        """Frames of a full chunk: a multiple of `stride`, so cutting a clip adds no embedding."""
+        frames = round(self.chunk_seconds * self.sample_rate) // self.hop_length
+        return frames - frames % self.stride
+
+
+class AudioPreprocessor:
+    """Turns a waveform into a `MediaItem` of log-mel frames; runs in loader workers, holds only its config."""
+
+    def __init__(self, config: AudioEncoderConfig) -> None:
+        self.config = config
+
+    def __call__(self, waveform: Tensor, rate: int) -> MediaItem:
+        """Resamples one clip and takes its log-mel frames.
+
+        Args:
+            waveform: (n,) float, mono, full scale at 1.
+            rate: its samples per second.
+
+        Raises:
+            SampleError: no samples, samples that are not finite, or not one channel of floats.
+        """
+        if waveform.ndim != 1 or not waveform.is_floating_point():
+            raise SampleError(
+                "bad_audio", f"expected (n,) float samples, found {tuple(waveform.shape)} {waveform.dtype}"
+            )
+        if waveform.numel() == 0:
+            raise SampleError("empty_audio", f"no samples (at {rate} Hz)")
+        if not torch.isfinite(waveform).all():
+            raise SampleError(
+                "bad_audio", f"{int((~torch.isfinite(waveform)).sum())} of {len(waveform)} samples not finite"
+            )
+        frames = log_mel(resample(waveform.float(), rate, self.config.sample_rate), self.config)
+        return MediaItem(kind="audio", values=frames, num_tokens=-(-len(frames) // self.config.stride))
+
+    def num_tokens(self, num_samples: np.ndarray, sample_rates: np.ndarray) -> np.ndarray:
+        """Embeddings that clips of `num_samples` samples at `sample_rates` Hz become: (n,) and (n,) -> (n,) int64.
+
+        Exact, and from the sizes alone. An empty clip, which `__call__` refuses, counts 0.
+        """
+        config = self.config
+        num_samples, sample_rates = np.asarray(num_samples, np.int64), np.asarray(sample_rates, np.int64)
+        resampled = -(-num_samples * config.sample_rate // sample_rates)
+        frames = -(-np.maximum(resampled, config.n_fft) // config.hop_length)
+        return np.where(num_samples > 0, -(-frames // config.stride), 0)
+
+
+def resample(waveform: Tensor, rate: int, new_rate: int) -> Tensor:
+    """Band-limited resampling: (n,) -> (ceil(n * new_rate / rate),).
+
+    The length is set here with integers: torchaudio computes it in float32, which is off by one beyond 2**23 samples.
+    """
+    if rate == new_rate:
+        return waveform
+    resampled = _resampler(rate, new_rate)(waveform)
+    num_samples = -(-len(waveform) * new_rate // rate)
+    return nn.functional.pad(resampled, (0, num_samples - len(resampled)))
+
+
+def log_mel(waveform: Tensor, config: AudioEncoderConfig) -> Tensor:
+    """Log-mel frames as Whisper makes them: (n,) -> (F, M) float32, F = ceil(max(n, n_fft) / hop_length).
+
+    Frame t is centred on sample t * hop_length. Values are log10 of the power, floored at 8 below the clip's
+    own maximum, then (x + 4) / 4: about -1..1.5, and independent of every other clip.
+    """
+    waveform = nn.functional.pad(waveform, (0, max(config.n_fft - len(waveform), 0)))
+    num_frames = -(-len(waveform) // config.hop_length)  # 30 s are 3000 frames, as in Whisper, not 3001
+    transform = _mel_transform(config.sample_rate, config.n_fft, config.hop_length, config.num_mels)
+    frames = transform(waveform)[:, :num_frames].T  # (F, M)
+    frames = frames.clamp(min=1e-10).log10()
+    frames = torch.maximum(frames, frames.max() - 8)
+    return ((frames + 4) / 4).contiguous()
+
+
+@lru_cache(maxsize=32)
+def _resampler(rate: int, new_rate: int) -> nn.Module:
+    from torchaudio.transforms import Resample
+
+    return Resample(rate, new_rate)
+
+
+@lru_cache(maxsize=8)
+def _mel_transform(sample_rate: int, n_fft: int, hop_length: int, num_mels: int) -> nn.Module:
+    from torchaudio.transforms import MelSpectrogram
+
+    return MelSpectrogram(
+        sample_rate=sample_rate, n_fft=n_fft, hop_length=hop_length, n_mels=num_mels, norm="slaney", mel_scale="slaney"
+    )

@@ -1,0 +1,95 @@
+"""The handful of names that a notebook needs: load a config, build a model, build a dataset, train, evaluate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmctx import config as config_module
+from mmctx import eval as evaluation
+from mmctx.datasets.assemble import RunData, build_data
+from mmctx.datasets.plan import Plan
+from mmctx.errors import ConfigError, DataError
+from mmctx.eval.report import summarise_losses, write_report
+from mmctx.model import MmctxModel
+from mmctx.pack import PackedBatch
+from mmctx.train.build import build_model as _build_model
+from mmctx.train.checkpoint import TrainerState, load_model, resolve_checkpoint
+from mmctx.train.config import RunConfig
+from mmctx.train.loop import TrainResult, train
+
+
+def load_config(path: str | Path, *overrides: str) -> RunConfig:
+    """Reads a run's YAML, with overrides such as `"train.steps=100"`. See `mmctx.config.load_config`."""
+    return config_module.load_config(RunConfig, path, overrides)
+
+
+def build_dataset(config: RunConfig, *, held_out: bool = False) -> RunData:
+    """The run's data (or its held-out data): `build_dataset(config).dataset[bin]` is a packed batch."""
+    sources = config.eval.sources if held_out else config.data.sources
+    return build_data(config.data, sources, config.model, config.objectives, config.train.seed)
+
+
+def build_model(config: RunConfig, data: RunData) -> MmctxModel:
+    """The model with fresh weights, sized for the data's tokenizer."""
+    return _build_model(config, len(data.tokenizer))
+
+
+def evaluate(
+    checkpoint: str | Path,
+    *,
+    suites: Sequence[str] | None = None,
+    overrides: Sequence[str] = (),
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Runs suites on a checkpoint or run folder and writes `report.json` and `report.html` into the run folder.
+
+    Args:
+        checkpoint: a `checkpoint-N` folder, or a run folder for its newest one.
+        suites: names from `mmctx.eval.SUITES`; the config's by default.
+        overrides: changes of the run's configuration, such as `eval.max_new_tokens=40`.
+        progress: called with (suite, done, total).
+
+    Returns:
+        What `report.json` holds.
+
+    Raises:
+        ConfigError: the run has no held-out sources, or a suite is unknown.
+    """
+    folder = resolve_checkpoint(Path(checkpoint))
+    model, _, config = load_model(folder)
+    if overrides:
+        tree = config.model_dump(mode="json")
+        for override in overrides:
+            config_module.apply_override(tree, override)
+        config = config_module.build_config(RunConfig, tree, where="overrides")
+    if not config.eval.sources:
+        raise ConfigError(
+            "eval.sources is empty: name held-out shards to evaluate on, for example eval.sources.held_out.shards=..."
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    data = build_dataset(config, held_out=True)
+    context = evaluation.EvalContext(model.to(device), data, config.objectives, config.eval, device, progress)
+    results = evaluation.evaluate(context, suites or config.eval.suites)
+    run_dir = folder.parent
+    results["loss"] = summarise_losses(run_dir, results.get("loss", {}))
+    state = TrainerState(**json.loads((folder / "trainer" / "trainer_state.json").read_text()))
+    results |= {"step": state.step, "tokens": state.tokens, "train_seconds": round(state.train_seconds, 1)}
+    write_report(run_dir, results, config, data, batch=_first_batch(config))
+    return results
+
+
+def _first_batch(config: RunConfig) -> PackedBatch | None:
+    """A training batch to draw; None where the training shards are not at hand, as on another machine."""
+    try:
+        data = build_dataset(config)
+    except DataError:
+        return None
+    return data.dataset[Plan(config.data, data.tables, config.train.seed).step(0)[0]]
+
+
+__all__ = ["TrainResult", "build_dataset", "build_model", "evaluate", "load_config", "load_model", "train"]

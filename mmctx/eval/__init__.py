@@ -1,0 +1,39 @@
+"""Evaluation: suites that run on any checkpoint. Adding one is one function and one entry in `SUITES`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mmctx.errors import ConfigError
+from mmctx.eval.caption import evaluate_caption
+from mmctx.eval.context import EvalContext
+from mmctx.eval.loss import evaluate_loss
+from mmctx.eval.masked_lm import evaluate_masked_lm
+from mmctx.eval.retrieval import evaluate_retrieval
+
+SUITES: dict[str, Callable[[EvalContext], dict[str, Any]]] = {
+    "loss": evaluate_loss,
+    "retrieval": evaluate_retrieval,
+    "caption": evaluate_caption,
+    "masked_lm": evaluate_masked_lm,
+}
+
+
+def evaluate(context: EvalContext, suites: Sequence[str]) -> dict[str, Any]:
+    """Runs suites by name and returns `{suite: its results}`.
+
+    Raises:
+        ConfigError: a suite's name is unknown.
+    """
+    if unknown := [name for name in suites if name not in SUITES]:
+        raise ConfigError(f"no evaluation suite named {unknown[0]!r}; there are {', '.join(SUITES)}")
+    training = context.model.training
+    context.model.eval()
+    try:
+        return {name: SUITES[name](context) for name in suites}
+    finally:
+        context.model.train(training)
+
+
+__all__ = ["SUITES", "EvalContext", "evaluate"]

@@ -1,0 +1,21 @@
+"""What is measured, and on what."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from mmctx.config import StrictModel
+from mmctx.datasets.config import SourceConfig
+
+
+class EvalConfig(StrictModel):
+    """Held-out evaluation."""
+
+    sources: dict[str, SourceConfig] = {}
+    """Held-out sources, read in full, in order. None means no evaluation at the end of training."""
+    suites: tuple[str, ...] = ("loss", "retrieval", "caption", "masked_lm")
+    """Suites of `mmctx.eval.SUITES`, in this order."""
+    max_new_tokens: int = Field(24, ge=1)
+    """Longest caption or transcript."""
+    num_examples: int = Field(12, ge=0)
+    """Pictures and clips shown in the report."""

@@ -1,0 +1,41 @@
+"""Greedy decoding with a key/value cache: many prompts at once, packed, no padding in the prefill."""
+
+from __future__ import annotations
+
+import torch
+
+from mmctx.kv_cache import KVCache
+from mmctx.model import MmctxModel
+from mmctx.pack import PackedBatch
+
+
+@torch.no_grad()
+def generate(model: MmctxModel, prompts: PackedBatch, eos_id: int, max_new_tokens: int = 32) -> list[list[int]]:
+    """Continues every document of `prompts` with the likeliest tokens.
+
+    Args:
+        model: in evaluation mode.
+        prompts: causal documents only, one a prompt.
+        eos_id: a sequence ends here; the id itself is not returned.
+        max_new_tokens: length at most.
+
+    Returns:
+        New token ids of each prompt, in the order of the batch.
+    """
+    if prompts.layout.num_causal != len(prompts.layout.lengths):
+        raise ValueError("generation continues causal documents; the batch holds bidirectional ones")
+    cache = KVCache(max_new_tokens)
+    positions = cache.advance(prompts.layout)
+    hidden = model.trunk(model.embed(prompts), positions, prompts.layout, cache)  # (T, D)
+    hidden = hidden[prompts.layout.cu_seqlens[1:].long() - 1]  # (B, D) last state of each prompt
+    tokens, finished = [], torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
+    for place in range(max_new_tokens):
+        if place:
+            hidden = model.step(tokens[-1], cache)
+        token = model.next_token_logits(hidden).argmax(dim=-1)  # (B,)
+        finished |= token == eos_id
+        tokens.append(torch.where(finished, eos_id, token))
+        if bool(finished.all()):
+            break
+    rows = torch.stack(tokens, dim=1).tolist()
+    return [row[: row.index(eos_id)] if eos_id in row else row for row in rows]

@@ -1,0 +1,105 @@
+"""The whole model: encoders put media embeddings between text embeddings, the trunk reads the flat sequence, objectives read its states.
+
+Shapes: T tokens, D width, V vocabulary, S media slots, R rows of an encoder's output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mmctx.config import StrictModel
+from mmctx.encoders.audio import AudioEncoder, AudioEncoderConfig
+from mmctx.encoders.image import ImageEncoder, ImageEncoderConfig
+from mmctx.errors import ConfigError
+from mmctx.kv_cache import KVCache
+from mmctx.layout import DocumentLayout
+from mmctx.objectives import AnyObjective, LossSum, build_model_halves
+from mmctx.pack import MediaBatch, PackedBatch
+from mmctx.transformer import Transformer, TransformerConfig
+
+ENCODERS: dict[str, type[nn.Module]] = {"image": ImageEncoder, "audio": AudioEncoder}
+VOCAB_MULTIPLE = 64  # embedding rows are rounded up to this: aligned matrix products are faster
+
+
+class ModelConfig(StrictModel):
+    """Trunk and encoders."""
+
+    transformer: TransformerConfig = TransformerConfig()
+    """The trunk."""
+    image: ImageEncoderConfig | None = None
+    """Encoder of pictures; null for a model that sees none."""
+    audio: AudioEncoderConfig | None = None
+    """Encoder of sound; null for a model that hears none."""
+
+
+class MmctxModel(nn.Module):
+    """Encoders, trunk and objective heads.
+
+    Args:
+        config: shapes.
+        objectives: named objectives; each may own parameters.
+        vocab_size: ids that the tokenizer knows, special tokens included.
+    """
+
+    def __init__(self, config: ModelConfig, objectives: Mapping[str, AnyObjective], vocab_size: int) -> None:
+        super().__init__()
+        width = config.transformer.width
+        self.config, self.vocab_size = config, vocab_size
+        num_rows = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        self.embedding = nn.Embedding(num_rows, width)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.encoders = nn.ModuleDict(
+            {kind: ENCODERS[kind](part, width) for kind in ENCODERS if (part := getattr(config, kind)) is not None}
+        )
+        self.trunk = Transformer(config.transformer)
+        self.head = None if config.transformer.tie_embeddings else nn.Linear(width, num_rows, bias=False)
+        self.objectives = build_model_halves(objectives, width)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, D) output head."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def embed(self, batch: PackedBatch) -> Tensor:
+        """Input embeddings (T, D): text by lookup, media by their encoder, scattered into their slots."""
+        embeddings = self.embedding(batch.input_ids)  # (T, D)
+        if unknown := set(batch.media) - set(self.encoders):
+            raise ConfigError(
+                f"the batch holds {sorted(unknown)} but model.{min(unknown)} is null; configure an encoder for it"
+            )
+        for kind, encoder in self.encoders.items():
+            media = batch.media.get(kind)
+            if media is not None:
+                rows = encoder(media).to(embeddings.dtype)  # (R, D)
+                embeddings = embeddings.index_copy(0, media.slots, rows.index_select(0, media.rows))
+            elif self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
+                # other ranks may have some: an encoder that sat out here would leave their gradient reduction hanging
+                nothing: MediaBatch = encoder.empty_batch(embeddings.device)  # type: ignore[operator]
+                embeddings = embeddings + encoder(nothing).sum().to(embeddings.dtype) * 0
+        return embeddings
+
+    def encode(self, batch: PackedBatch) -> Tensor:
+        """Hidden states (T, D) of every token."""
+        return self.trunk(self.embed(batch), batch.position_ids, batch.layout)
+
+    def forward(self, batch: PackedBatch) -> dict[str, LossSum]:
+        """Each objective's loss sum and count over the batch."""
+        hidden = self.encode(batch)
+        return {name: objective(hidden, batch, self.head_weight) for name, objective in self.objectives.items()}
+
+    def next_token_logits(self, hidden: Tensor) -> Tensor:
+        """Logits (N, vocab_size) of hidden states (N, D), for generation."""
+        return hidden @ self.head_weight[: self.vocab_size].T
+
+    def step(self, input_ids: Tensor, cache: KVCache) -> Tensor:
+        """One generation step: ids (B,) in, hidden states (B, D) out."""
+        layout = DocumentLayout.from_lengths([1] * len(input_ids), len(input_ids), device=input_ids.device)
+        return self.trunk(self.embedding(input_ids), cache.advance(layout), layout, cache)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Parameters of a module, shared ones once."""
+    return sum(p.numel() for p in module.parameters())

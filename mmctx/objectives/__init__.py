@@ -1,0 +1,52 @@
+"""Training objectives. `KINDS` is the one place that knows them all; a run may use a kind several times under different names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, NamedTuple
+
+from pydantic import Field
+from torch import nn
+
+from mmctx.objectives.base import DataHalf, LossSum, ObjectiveConfig
+from mmctx.objectives.captioning import Captioning, CaptioningConfig, TokenLoss
+from mmctx.objectives.masked_lm import MaskedLM, MaskedLMConfig
+from mmctx.objectives.similarity import Similarity, SimilarityConfig, SimilarityLoss
+from mmctx.tokenizer import TextTokenizer
+
+
+class Kind(NamedTuple):
+    """The two halves of an objective."""
+
+    data: type
+    model: type[nn.Module]
+
+
+KINDS: dict[str, Kind] = {
+    "captioning": Kind(Captioning, TokenLoss),
+    "masked_lm": Kind(MaskedLM, TokenLoss),
+    "similarity": Kind(Similarity, SimilarityLoss),
+}
+
+AnyObjective = Annotated[CaptioningConfig | MaskedLMConfig | SimilarityConfig, Field(discriminator="kind")]
+
+
+def build_data_halves(configs: Mapping[str, AnyObjective], tokenizer: TextTokenizer) -> dict[str, DataHalf]:
+    """The data half of each named objective."""
+    return {name: KINDS[config.kind].data(name, config, tokenizer) for name, config in configs.items()}
+
+
+def build_model_halves(configs: Mapping[str, AnyObjective], width: int) -> nn.ModuleDict:
+    """The model half of each named objective, with its own parameters where it has some."""
+    return nn.ModuleDict({name: KINDS[config.kind].model(name, config, width) for name, config in configs.items()})
+
+
+__all__ = [
+    "KINDS",
+    "AnyObjective",
+    "DataHalf",
+    "LossSum",
+    "ObjectiveConfig",
+    "build_data_halves",
+    "build_model_halves",
+]

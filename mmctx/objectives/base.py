@@ -1,0 +1,105 @@
+"""What an objective is: a data half that runs in loader workers and a model half that runs on the device.
+
+Adding one is one file that defines a config, a data half and a model half, and one entry in `mmctx.objectives.KINDS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from pydantic import Field
+from torch import Tensor
+
+from mmctx.config import StrictModel
+from mmctx.pack import IGNORE_INDEX, Document, MediaItem, PackedBatch
+from mmctx.sample import Sample, SampleSizes
+from mmctx.tokenizer import TextTokenizer
+
+
+class ObjectiveConfig(StrictModel):
+    """What every objective has."""
+
+    weight: float = Field(1.0, ge=0)
+    """Factor of the objective's mean loss in the total."""
+
+
+class LossSum(NamedTuple):
+    """A loss before division: only the trainer divides, by the count of the whole global step."""
+
+    total: Tensor
+    """Scalar, sum over the counted predictions."""
+    count: int
+    """How many predictions were summed, known on the host."""
+
+
+class DataHalf(Protocol):
+    """Turns samples into documents."""
+
+    def lengths(self, sizes: SampleSizes) -> np.ndarray:
+        """(n, documents a sample) int64 lengths of the documents that `documents` will make, 0 for none; integers only."""
+        ...
+
+    def documents(self, sample: Sample, rng: np.random.Generator) -> list[Document]:
+        """The documents of one sample; `rng` is seeded by (run seed, epoch, sample)."""
+        ...
+
+
+class ModelHalf(Protocol):
+    """Turns hidden states into a loss."""
+
+    def count(self, batch: PackedBatch) -> int:
+        """How many predictions the batch holds for this objective, from host integers alone."""
+        ...
+
+    def __call__(self, hidden: Tensor, batch: PackedBatch, head: Tensor) -> LossSum:
+        """Loss of this objective's documents; hidden (T, D), head (V, D). Zero, but attached to the graph, if there are none."""
+        ...
+
+
+def lay_out(
+    segments: Sequence[np.ndarray | MediaItem], placeholder_ids: Mapping[str, int]
+) -> tuple[np.ndarray, tuple[tuple[int, MediaItem], ...]]:
+    """Concatenates text ids and media into (L,) int64 ids with placeholders, and (offset, item) of each media item."""
+    parts, media, offset = [], [], 0
+    for segment in segments:
+        if isinstance(segment, MediaItem):
+            media.append((offset, segment))
+            part = np.full(segment.num_tokens, placeholder_ids[segment.kind], dtype=np.int64)
+        else:
+            part = segment
+        parts.append(part)
+        offset += len(part)
+    return np.concatenate(parts), tuple(media)
+
+
+def next_token_labels(input_ids: np.ndarray, placeholder_ids: Mapping[str, int]) -> np.ndarray:
+    """(L,) labels: each position predicts the next token of its document, unless that is media. The last predicts nothing."""
+    labels = np.full_like(input_ids, IGNORE_INDEX)
+    labels[:-1] = input_ids[1:]
+    labels[np.isin(labels, list(placeholder_ids.values()))] = IGNORE_INDEX
+    return labels
+
+
+def ids(*tokens: int) -> np.ndarray:
+    """A segment made of single tokens."""
+    return np.array(tokens, dtype=np.int64)
+
+
+def token_counts(tokenizer_counts: np.ndarray, extra: int | np.ndarray) -> np.ndarray:
+    """(n,) document lengths: text plus `extra` tokens, 0 where the text is absent (counted as -1) or empty."""
+    return np.where(tokenizer_counts > 0, tokenizer_counts + extra, 0)
+
+
+__all__ = [
+    "DataHalf",
+    "LossSum",
+    "ModelHalf",
+    "ObjectiveConfig",
+    "TextTokenizer",
+    "ids",
+    "lay_out",
+    "next_token_labels",
+    "token_counts",
+]

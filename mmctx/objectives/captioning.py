@@ -1,0 +1,79 @@
+"""Captioning and plain causal language modelling: `-sum log P(next token | everything before it in the document)`.
+
+A picture with a caption becomes `[picture] caption <eos>`, a clip with a transcript `[clip] transcript <eos>`, an interleaved document
+its segments in reading order. Only text is predicted, media never.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from torch import Tensor, nn
+
+from mmctx.objectives.base import LossSum, ObjectiveConfig, ids, lay_out, next_token_labels, token_counts
+from mmctx.objectives.linear_cross_entropy import linear_cross_entropy
+from mmctx.pack import Document, PackedBatch
+from mmctx.sample import Sample, SampleSizes
+from mmctx.tokenizer import TextTokenizer
+
+
+class CaptioningConfig(ObjectiveConfig):
+    """Next-token prediction on text after pictures, sounds and text."""
+
+    kind: Literal["captioning"] = "captioning"
+    text: int = 0
+    """Which of the source's `texts` is predicted."""
+
+
+class Captioning:
+    """Data half: one causal document for each picture and clip of a plain sample, or one for an interleaved document."""
+
+    def __init__(self, name: str, config: CaptioningConfig, tokenizer: TextTokenizer) -> None:
+        self.name, self.config, self.tokenizer = name, config, tokenizer
+
+    def lengths(self, sizes: SampleSizes) -> np.ndarray:
+        """(n, 2): picture's and clip's document; text alone and interleaved documents stand in column 0."""
+        text = sizes.text_tokens[:, self.config.text]
+        media = np.stack([sizes.image_tokens, sizes.audio_tokens], axis=1)  # (n, 2)
+        captions = np.where(media > 0, token_counts(text, 1)[:, None] + media, 0)
+        captions[text <= 0] = 0
+        captions[:, 0] = np.where((media == 0).all(axis=1), token_counts(text, 1), captions[:, 0])
+        whole = np.where(sizes.interleaved, np.maximum(sizes.text_tokens[:, 0], 0) + media.sum(axis=1) + 1, 0)
+        return np.where(sizes.interleaved[:, None], np.stack([whole, np.zeros_like(whole)], axis=1), captions)
+
+    def documents(self, sample: Sample, rng: np.random.Generator) -> list[Document]:
+        """See `DataHalf`."""
+        if sample.segments is not None:
+            return [self._document(sample, list(sample.segments))]
+        text = sample.texts[self.config.text]
+        if text is None or not len(text):
+            return []
+        media = [item for item in (sample.image, sample.audio) if item is not None]
+        return [self._document(sample, [item, text]) for item in media] or [self._document(sample, [text])]
+
+    def _document(self, sample: Sample, segments: list) -> Document:
+        placeholders = self.tokenizer.placeholder_ids
+        input_ids, media = lay_out([*segments, ids(self.tokenizer.eos_id)], placeholders)
+        labels = next_token_labels(input_ids, placeholders)
+        return Document(self.name, input_ids, labels, causal=True, media=media, key=sample.key)
+
+
+class TokenLoss(nn.Module):
+    """Model half of objectives that predict tokens: cross entropy at this objective's labelled positions, nowhere else."""
+
+    def __init__(self, name: str, config: ObjectiveConfig, width: int) -> None:
+        super().__init__()
+        self.name = name
+
+    def count(self, batch: PackedBatch) -> int:
+        """Labelled positions."""
+        return len(batch.label_positions.get(self.name, ()))
+
+    def forward(self, hidden: Tensor, batch: PackedBatch, head: Tensor) -> LossSum:
+        """See `ModelHalf`."""
+        positions = batch.label_positions.get(self.name)
+        if positions is None:
+            return LossSum((hidden * 0).sum() + (head * 0).sum(), 0)
+        labels = batch.labels.index_select(0, positions)
+        return LossSum(linear_cross_entropy(hidden.index_select(0, positions), head, labels), self.count(batch))

@@ -1,0 +1,261 @@
+"""The data contract: documents go in, one `PackedBatch` without padding comes out.
+
+Shapes: T tokens, N documents, P pooled positions, S media slots, I items of one modality.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmctx.errors import DataError
+from mmctx.layout import DocumentLayout
+
+IGNORE_INDEX = -100
+
+MODALITIES = ("image", "audio")
+"""Kinds of media that an encoder turns into tokens."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MediaItem:
+    """One picture or one clip, decoded, not yet encoded.
+
+    The same object may stand in several documents of a batch (captioned in one, embedded in another): it is encoded once.
+
+    Attributes:
+        kind: one of `MODALITIES`.
+        values: picture (3, H, W) uint8; clip (F, mel bins) float32 log-mel frames.
+        num_tokens: how many embeddings the encoder will make of it.
+    """
+
+    kind: str
+    values: Tensor
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Document:
+    """A run of tokens that attends only to itself.
+
+    Attributes:
+        objective: which objective made it and will read it.
+        input_ids: (L,) int64, media slots hold the modality's placeholder id.
+        labels: (L,) int64, target of THIS position's hidden state, `IGNORE_INDEX` where there is none.
+        causal: attends to the past only, or in both directions.
+        media: (offset of the first slot, item) in running order.
+        pooled: position whose hidden state is the document's embedding, for objectives that embed.
+        view: what an embedding shows, such as `image`, `audio`, `text0`.
+        pair: the sample that the view belongs to; views of one sample are positives of each other.
+        key: the sample's key, for error messages.
+    """
+
+    objective: str
+    input_ids: np.ndarray
+    labels: np.ndarray
+    causal: bool
+    media: tuple[tuple[int, MediaItem], ...] = ()
+    pooled: int | None = None
+    view: str | None = None
+    pair: int = -1
+    key: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MediaBatch:
+    """All different items of one modality, and where their embeddings go.
+
+    Attributes:
+        values: pictures (I, 3, H, W) uint8; clips (sum of frames, mel bins) float32, laid end to end.
+        lengths: rows of `values` that each item takes (1 for a picture, its frames for a clip), on the host.
+        num_tokens: embeddings that each item becomes, on the host.
+        slots: (S,) int64 positions in the flat sequence.
+        rows: (S,) int64 rows of the encoder's output that fill them, in the order of `slots`.
+    """
+
+    values: Tensor
+    lengths: tuple[int, ...]
+    num_tokens: tuple[int, ...]
+    slots: Tensor
+    rows: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Skip:
+    """A sample that could not be used: one line of `skips.jsonl`."""
+
+    source: str
+    shard: str
+    key: str
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedBatch:
+    """Documents of every objective in one flat sequence: no padding, no batch dimension.
+
+    Attributes:
+        input_ids: (T,) int64; media slots hold the modality's placeholder id.
+        labels: (T,) int64; target OF THIS position's hidden state, `IGNORE_INDEX` where there is none.
+        position_ids: (T,) int64; restart at 0 in each document.
+        layout: document boundaries (`cu_seqlens`, host lengths, `num_causal`).
+        objectives: objective of each document, on the host, in the order of the layout.
+        label_positions: per objective, (K,) int64 positions that carry a label: heads are evaluated nowhere else.
+        pooled: per view, (P,) int64 positions of embeddings.
+        pairs: per view, the sample that each embedding belongs to, on the host.
+        media: per modality, its different items. A modality that no document uses has no entry.
+        keys: the sample's key of each document, on the host.
+        skips: samples that the plan named and that could not be used.
+        num_samples: samples that the documents were made from.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    layout: DocumentLayout
+    objectives: tuple[str, ...]
+    label_positions: Mapping[str, Tensor] = field(default_factory=dict)
+    pooled: Mapping[str, Tensor] = field(default_factory=dict)
+    pairs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    media: Mapping[str, MediaBatch] = field(default_factory=dict)
+    keys: tuple[str, ...] = ()
+    skips: tuple[Skip, ...] = ()
+    num_samples: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.input_ids.shape[0]
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
+        """The same batch on another device."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=non_blocking)
+
+        def move_all(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: move(tensor) for name, tensor in tensors.items()}
+
+        media = {
+            kind: replace(m, values=move(m.values), slots=move(m.slots), rows=move(m.rows))
+            for kind, m in self.media.items()
+        }
+        return replace(
+            self,
+            input_ids=move(self.input_ids),
+            labels=move(self.labels),
+            position_ids=move(self.position_ids),
+            layout=self.layout.to(device, non_blocking=non_blocking),
+            label_positions=move_all(self.label_positions),
+            pooled=move_all(self.pooled),
+            media=media,
+        )
+
+
+def pack_documents(
+    documents: Sequence[Document], placeholder_ids: Mapping[str, int], skips: Sequence[Skip] = ()
+) -> PackedBatch:
+    """Lays documents end to end, causal ones first, and records where everything is.
+
+    Args:
+        documents: at least one.
+        placeholder_ids: modality -> token id that its slots hold.
+        skips: samples that were left out, carried along for the ledger.
+
+    Raises:
+        DataError: a document's placeholders do not match its media, naming the sample's key and both numbers.
+    """
+    if not documents:
+        raise DataError("cannot pack a batch of no documents: every sample of the bin was skipped, or the bin is empty")
+    documents = [d for d in documents if d.causal] + [d for d in documents if not d.causal]
+    for document in documents:
+        _check_placeholders(document, placeholder_ids)
+    lengths = [len(d.input_ids) for d in documents]
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
+    input_ids = np.concatenate([d.input_ids for d in documents])
+    labels = np.concatenate([d.labels for d in documents])
+    position_ids = np.concatenate([np.arange(n) for n in lengths])
+    return PackedBatch(
+        input_ids=torch.from_numpy(input_ids).long(),
+        labels=torch.from_numpy(labels).long(),
+        position_ids=torch.from_numpy(position_ids).long(),
+        layout=DocumentLayout.from_lengths(lengths, num_causal=sum(d.causal for d in documents)),
+        objectives=tuple(d.objective for d in documents),
+        label_positions=_label_positions(documents, starts),
+        media={kind: batch for kind in MODALITIES if (batch := _media_batch(kind, documents, starts)) is not None},
+        keys=tuple(d.key for d in documents),
+        skips=tuple(skips),
+        num_samples=len({d.key for d in documents}),
+        **_views(documents, starts),
+    )
+
+
+def _check_placeholders(document: Document, placeholder_ids: Mapping[str, int]) -> None:
+    for kind, token_id in placeholder_ids.items():
+        found = int((document.input_ids == token_id).sum())
+        expected = sum(item.num_tokens for _, item in document.media if item.kind == kind)
+        if found != expected:
+            raise DataError(
+                f"sample {document.key!r} ({document.objective}): {found} {kind} placeholder tokens, but its {kind} items "
+                f"become {expected} embeddings; text must not contain the placeholder, and a document must not be cut inside media"
+            )
+    for offset, item in document.media:
+        span = document.input_ids[offset : offset + item.num_tokens]
+        if len(span) != item.num_tokens or (span != placeholder_ids[item.kind]).any():
+            raise DataError(
+                f"sample {document.key!r} ({document.objective}): positions {offset}..{offset + item.num_tokens - 1} should all be "
+                f"{item.kind} placeholders, found {span.tolist()}"
+            )
+
+
+def _label_positions(documents: Sequence[Document], starts: np.ndarray) -> dict[str, Tensor]:
+    found: dict[str, list[np.ndarray]] = {}
+    for document, start in zip(documents, starts, strict=True):
+        positions = np.flatnonzero(document.labels != IGNORE_INDEX)
+        if len(positions):
+            found.setdefault(document.objective, []).append(positions + start)
+    return {name: torch.from_numpy(np.concatenate(parts)).long() for name, parts in found.items()}
+
+
+def _views(documents: Sequence[Document], starts: np.ndarray) -> dict[str, dict]:
+    pooled: dict[str, list[int]] = {}
+    pairs: dict[str, list[int]] = {}
+    for document, start in zip(documents, starts, strict=True):
+        if document.pooled is not None and document.view is not None:
+            pooled.setdefault(document.view, []).append(int(start) + document.pooled)
+            pairs.setdefault(document.view, []).append(document.pair)
+    return {
+        "pooled": {view: torch.tensor(positions) for view, positions in pooled.items()},
+        "pairs": {view: tuple(samples) for view, samples in pairs.items()},
+    }
+
+
+def _media_batch(kind: str, documents: Sequence[Document], starts: np.ndarray) -> MediaBatch | None:
+    items: dict[int, MediaItem] = {}  # by identity, in order of first use
+    first_row: dict[int, int] = {}
+    slots, rows, num_rows = [], [], 0
+    for document, start in zip(documents, starts, strict=True):
+        for offset, item in document.media:
+            if item.kind != kind:
+                continue
+            if id(item) not in items:
+                items[id(item)] = item
+                first_row[id(item)] = num_rows
+                num_rows += item.num_tokens
+            slots.append(np.arange(item.num_tokens) + start + offset)
+            rows.append(np.arange(item.num_tokens) + first_row[id(item)])
+    if not items:
+        return None
+    values = [item.values for item in items.values()]
+    return MediaBatch(
+        values=torch.stack(values) if kind == "image" else torch.cat(values),
+        lengths=tuple(1 if kind == "image" else len(v) for v in values),
+        num_tokens=tuple(item.num_tokens for item in items.values()),
+        slots=torch.from_numpy(np.concatenate(slots)),
+        rows=torch.from_numpy(np.concatenate(rows)),
+    )

@@ -1,0 +1,55 @@
+"""A decoded sample: what the data side hands to the objectives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mmctx.pack import MediaItem
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """One sample of a source, tokenized and decoded.
+
+    A plain sample has some of `texts`, `image`, `audio`; an interleaved document has `segments` instead.
+
+    Attributes:
+        key: the WebDataset key.
+        source: name of the source in the config.
+        uid: number of the sample, different for every sample of a run.
+        texts: token ids (L,) int64 of each text the source declares, None where this sample lacks it.
+        image: its picture.
+        audio: its clip.
+        segments: token ids or media, in reading order.
+    """
+
+    key: str
+    source: str
+    uid: int
+    texts: tuple[np.ndarray | None, ...] = ()
+    image: MediaItem | None = None
+    audio: MediaItem | None = None
+    segments: tuple[np.ndarray | MediaItem, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SampleSizes:
+    """Sizes of n samples in model tokens, known from the index without decoding anything.
+
+    Attributes:
+        text_tokens: (n, number of declared texts) int64, -1 where the sample lacks that text; an interleaved document counts the
+            sum of its text segments in column 0.
+        image_tokens: (n,) int64, summed over the sample's pictures; 0 where it has none.
+        audio_tokens: (n,) int64, summed over the sample's clips; 0 where it has none.
+        interleaved: (n,) bool.
+    """
+
+    text_tokens: np.ndarray
+    image_tokens: np.ndarray
+    audio_tokens: np.ndarray
+    interleaved: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.interleaved)

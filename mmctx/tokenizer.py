@@ -1,0 +1,92 @@
+"""Any Transformers fast tokenizer, plus the special tokens that mmctx adds, in this one place."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mmctx.errors import ConfigError
+from mmctx.pack import MODALITIES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+PLACEHOLDERS = {kind: f"<|{kind}|>" for kind in MODALITIES}
+MASK = "<|mask|>"
+EMBED = "<|embed|>"
+EOS = "<|endoftext|>"
+
+
+class TextTokenizer:
+    """Turns text into ids and back, and knows the ids of the special tokens.
+
+    Args:
+        path: folder of a Transformers fast tokenizer (or a name that Transformers can find on disk).
+
+    Raises:
+        ConfigError: there is no tokenizer at `path`, or it is not a fast one.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        from transformers import AutoTokenizer  # slow to import
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(path))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"data.tokenizer: no Transformers tokenizer can be loaded from {str(path)!r}: {error}"
+            ) from None
+        if not tokenizer.is_fast:
+            raise ConfigError(
+                f"data.tokenizer: {str(path)!r} is a slow tokenizer; convert it to a fast one (tokenizer.json) first"
+            )
+        self.path = str(path)
+        self.num_text_tokens = len(tokenizer)
+        """Ids below this number belong to the tokenizer as it came."""
+        tokenizer.add_special_tokens({"additional_special_tokens": [*PLACEHOLDERS.values(), MASK, EMBED]})
+        if tokenizer.eos_token is None:
+            tokenizer.add_special_tokens({"eos_token": EOS})
+        self.hf: PreTrainedTokenizerFast = tokenizer
+        ids = tokenizer.convert_tokens_to_ids
+        self.placeholder_ids = {kind: int(ids(token)) for kind, token in PLACEHOLDERS.items()}  # type: ignore[arg-type]
+        self.mask_id = int(ids(MASK))  # type: ignore[arg-type]
+        self.embed_id = int(ids(EMBED))  # type: ignore[arg-type]
+        self.eos_id = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return len(self.hf)
+
+    @cached_property
+    def word_ids(self) -> np.ndarray:
+        """(V',) int64, ids of ordinary text: everything but special tokens. Masked LM draws its replacements from here."""
+        special = {*self.hf.all_special_ids, *self.placeholder_ids.values(), self.mask_id, self.embed_id, self.eos_id}
+        return np.array([i for i in range(self.num_text_tokens) if i not in special], dtype=np.int64)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names the mapping from text to ids: token counts in an index belong to one fingerprint."""
+        return hashlib.blake2b(self.hf.backend_tokenizer.to_str().encode(), digest_size=8).hexdigest()
+
+    def encode(self, text: str) -> np.ndarray:
+        """(L,) int64 ids of `text`; special tokens written out in the text are read as plain characters."""
+        return np.asarray(
+            self.hf(text, add_special_tokens=False, split_special_tokens=True)["input_ids"], dtype=np.int64
+        )
+
+    def count(self, texts: list[str]) -> list[int]:
+        """Number of ids of each text."""
+        if not texts:
+            return []
+        return [len(ids) for ids in self.hf(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]]  # type: ignore[union-attr]
+
+    def decode(self, ids: list[int] | np.ndarray) -> str:
+        """Text of `ids`, special tokens left out."""
+        return str(self.hf.decode([int(i) for i in ids], skip_special_tokens=True))
+
+    def save(self, folder: Path) -> None:
+        """Writes the tokenizer, special tokens included, into a checkpoint folder."""
+        self.hf.save_pretrained(str(folder))

@@ -1,0 +1,249 @@
+"""The trunk: a pre-norm causal or bidirectional transformer over one flat sequence of packed documents.
+
+A superset of Llama, Qwen2 and Qwen3: RMSNorm, rotary positions with scaling, grouped-query attention, optional query/key norm and
+biases, SwiGLU, per-layer windows.
+
+Shapes: T tokens, D width, H query heads, K key/value heads, d head width, F feed-forward width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mmctx.attention import attention
+from mmctx.config import StrictModel
+from mmctx.kv_cache import KVCache
+from mmctx.layout import DocumentLayout
+
+
+class RopeConfig(StrictModel):
+    """Rotary position embedding (Su et al. 2021) and how it is stretched to a longer context."""
+
+    base: float = Field(10_000.0, gt=1)
+    """Wavelength base; larger bases turn more slowly."""
+    scaling: Literal["none", "linear", "ntk", "yarn"] = "none"
+    """none; linear: positions divided by `factor` (Chen et al. 2023); ntk: base raised instead; yarn: by parts (Peng et al. 2023)."""
+    factor: float = Field(1.0, ge=1)
+    """How many times longer the new context is than `original_context`."""
+    original_context: int = Field(2048, ge=1)
+    """Context the weights were trained at; only yarn reads it."""
+    beta_fast: float = 32.0
+    """yarn: dimensions that turn more often than this within the original context are left alone."""
+    beta_slow: float = 1.0
+    """yarn: dimensions that turn less often than this are fully interpolated."""
+
+
+class TransformerConfig(StrictModel):
+    """Shape of the trunk."""
+
+    width: int = Field(192, ge=1)
+    """D."""
+    depth: int = Field(4, ge=1)
+    """Number of blocks."""
+    num_heads: int = Field(4, ge=1)
+    """H."""
+    num_kv_heads: int | None = None
+    """K; null means H (no grouping)."""
+    head_dim: int | None = None
+    """d; null means D / H."""
+    mlp_width: int = Field(512, ge=1)
+    """F."""
+    rope: RopeConfig = RopeConfig()
+    """Positions."""
+    qk_norm: bool = True
+    """RMSNorm on every head's queries and keys before rotation, as in Qwen3."""
+    qkv_bias: bool = False
+    """Biases on the query, key and value projections, as in Qwen2."""
+    norm_eps: float = 1e-6
+    """Epsilon of every RMSNorm."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on what each attention and MLP adds to the residual stream."""
+    tie_embeddings: bool = True
+    """The output head is the input embedding."""
+    pattern: tuple[Literal["global", "local"], ...] = ("global",)
+    """Kinds of layers, repeated over the depth; local layers see `window` tokens."""
+    window: int | None = None
+    """Tokens that a local layer sees, itself included."""
+    attention: str = "auto"
+    """Attention backend, one of those that `mmctx doctor` lists."""
+    checkpoint_activations: bool = False
+    """Recompute every block in the backward pass instead of keeping its activations."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TransformerConfig:
+        if self.head_dim is None and self.width % self.num_heads:
+            raise ValueError(
+                f"width {self.width} is not a multiple of num_heads {self.num_heads}; set head_dim or change one"
+            )
+        if self.num_heads % self.kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}")
+        if self.head_width % 2:
+            raise ValueError(f"the head width {self.head_width} must be even for rotary positions")
+        if "local" in self.pattern and self.window is None:
+            raise ValueError("pattern has local layers, so window must say how many tokens they see")
+        return self
+
+    @property
+    def kv_heads(self) -> int:
+        """K, resolved."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_width(self) -> int:
+        """d, resolved."""
+        return self.head_dim or self.width // self.num_heads
+
+    def layer_window(self, layer: int) -> int | None:
+        """Window of one layer, None for a global one."""
+        return self.window if self.pattern[layer % len(self.pattern)] == "local" else None
+
+
+def rope_frequencies(config: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
+    """Angular frequencies (d / 2,) in float64, and the factor that scales cosines and sines (not 1 only for yarn).
+
+    Equal to `transformers.modeling_rope_utils` for the same parameters.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    base, factor = config.base, config.factor
+    if config.scaling == "ntk":
+        base = base * factor ** (head_dim / (head_dim - 2))
+    plain = base**-exponents
+    if config.scaling == "linear":
+        return plain / factor, 1.0
+    if config.scaling != "yarn":
+        return plain, 1.0
+
+    def dimension(rotations: float) -> float:  # the dimension that makes this many turns within the original context
+        return head_dim * math.log(config.original_context / (rotations * 2 * math.pi)) / (2 * math.log(base))
+
+    low = max(math.floor(dimension(config.beta_fast)), 0)
+    high = min(math.ceil(dimension(config.beta_slow)), head_dim - 1)
+    ramp = (torch.arange(head_dim // 2, dtype=torch.float64) - low) / max(high - low, 0.001)
+    interpolated = ramp.clamp(0, 1)
+    frequencies = plain / factor * interpolated + plain * (1 - interpolated)
+    return frequencies, 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates (T, H, d) by (T, 1, d / 2) angles, halves convention (Llama's)."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention within documents: (T, D) -> (T, D)."""
+
+    def __init__(self, config: TransformerConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.heads, self.kv_heads, self.head_dim = config.num_heads, config.kv_heads, config.head_width
+        self.window, self.backend = config.layer_window(layer), config.attention
+        self.qkv = nn.Linear(config.width, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=config.qkv_bias)
+        self.out = nn.Linear(self.heads * self.head_dim, config.width, bias=False)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], layout: DocumentLayout, cache: KVCache | None) -> Tensor:
+        """See the class; `rope` holds cosines and sines (T, 1, d / 2)."""
+        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (T, H + 2K, d)
+        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
+        if cache is None:
+            mixed = attention(q, k, v, layout, window=self.window, backend=self.backend)  # (T, H, d)
+        else:
+            mixed = cache.attend(self.layer, q, k, v, layout, window=self.window, backend=self.backend)
+        return self.out(mixed.flatten(1))
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward (Shazeer 2020): (T, D) -> (T, D)."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(config.width, 2 * config.mlp_width, bias=False)
+        self.down = nn.Linear(config.mlp_width, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)  # (T, F) each
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a norm and added to the stream: (T, D) -> (T, D)."""
+
+    def __init__(self, config: TransformerConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.attention = Attention(config, layer)
+        self.mlp_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.mlp = SwiGLU(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], layout: DocumentLayout, cache: KVCache | None = None
+    ) -> Tensor:
+        """See the class."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), rope, layout, cache))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class Transformer(nn.Module):
+    """The stack of blocks and the final norm: embeddings (T, D) -> hidden states (T, D)."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
+        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.apply(self._initialise)
+
+    def _initialise(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        if isinstance(
+            module, Block
+        ):  # residual branches start small, so that depth does not blow up the stream (GPT-2)
+            for out in (module.attention.out, module.mlp.down):
+                nn.init.normal_(out.weight, std=0.02 / math.sqrt(2 * self.config.depth))
+
+    def rope(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (T, 1, d / 2) of positions (T,)."""
+        frequencies, scale = rope_frequencies(self.config.rope, self.config.head_width)
+        precision = torch.float64 if dtype == torch.float64 else torch.float32
+        angles = position_ids.to(precision)[:, None, None] * frequencies.to(position_ids.device, precision)
+        return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+
+    def forward(
+        self, embeddings: Tensor, position_ids: Tensor, layout: DocumentLayout, cache: KVCache | None = None
+    ) -> Tensor:
+        """See the class.
+
+        Args:
+            embeddings: (T, D).
+            position_ids: (T,) int64, restarting at 0 in each document.
+            layout: document boundaries.
+            cache: keys and values of earlier calls, for generation.
+        """
+        dtype = (
+            torch.get_autocast_dtype(embeddings.device.type)
+            if torch.is_autocast_enabled(embeddings.device.type)
+            else None
+        )
+        rope = self.rope(position_ids, dtype or embeddings.dtype)
+        x = embeddings
+        for block in self.blocks:
+            if self.config.checkpoint_activations and self.training:
+                x = checkpoint(block, x, rope, layout, use_reentrant=False)
+            else:
+                x = block(x, rope, layout, cache)
+        return self.norm(x)

@@ -1,0 +1,193 @@
+"""Checkpoints: written whole or not at all, read only when whole.
+
+runs/NAME/checkpoint-1000/   config.json model.safetensors and the tokenizer's files
+    trainer/                 optimizer.pt trainer_state.json
+    COMPLETE                 written last
+runs/NAME/latest             symbolic link to the newest
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from mmctx.config import build_config
+from mmctx.errors import CheckpointError
+from mmctx.model import MmctxModel
+from mmctx.tokenizer import TextTokenizer
+from mmctx.train.config import RunConfig
+
+FREE_TO_CHANGE = ("run", "eval", "train.steps", "train.log_every", "train.save_every", "train.keep_checkpoints",
+                  "train.tensorboard", "train.num_threads", "data.num_workers", "data.prefetch", "data.skip_budget",
+                  "model.transformer.attention", "model.transformer.checkpoint_activations")  # fmt: skip
+"""Keys that a resumed run may set otherwise without becoming another run."""
+
+
+@dataclass
+class TrainerState:
+    """Everything a run is besides weights and optimizer. Data needs no more than the step."""
+
+    step: int = 0
+    tokens: int = 0
+    samples: int = 0
+    skipped: int = 0
+    train_seconds: float = 0.0
+
+
+def save_checkpoint(
+    run_dir: Path,
+    config: RunConfig,
+    model: MmctxModel,
+    tokenizer: TextTokenizer,
+    optimizer: torch.optim.Optimizer,
+    state: TrainerState,
+) -> Path:
+    """Writes `checkpoint-STEP` under a temporary name, flushes it to disk, renames it, then moves `latest` there."""
+    final = run_dir / f"checkpoint-{state.step}"
+    partial = run_dir / f".partial-checkpoint-{state.step}"
+    for leftover in (partial, final):  # a final one of this step is a rerun's: the same bytes, or an incomplete folder
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    (partial / "trainer").mkdir(parents=True)
+    description = {"model_type": "mmctx", "vocab_size": model.vocab_size, "run": config.model_dump(mode="json")}
+    (partial / "config.json").write_text(json.dumps(description, indent=2, ensure_ascii=False))
+    weights = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
+    save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save(partial)
+    torch.save(optimizer.state_dict(), partial / "trainer" / "optimizer.pt")
+    (partial / "trainer" / "trainer_state.json").write_text(json.dumps(asdict(state), indent=2))
+    (partial / "COMPLETE").touch()
+    for path in sorted(partial.rglob("*"), reverse=True):
+        _flush(path)
+    os.rename(partial, final)
+    _point_latest(run_dir, final)
+    _flush(run_dir)
+    for old in list_checkpoints(run_dir)[: -config.train.keep_checkpoints]:
+        shutil.rmtree(old)
+    return final
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Whole checkpoints of a run, oldest first."""
+    found = [path for path in run_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(
+        (p for p in found if (p / "COMPLETE").exists()), key=lambda p: int(p.name.removeprefix("checkpoint-"))
+    )
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """A checkpoint folder from itself or from its run folder (then the newest whole one)."""
+    if (path / "COMPLETE").exists():
+        return path.resolve()
+    if checkpoints := list_checkpoints(path) if path.is_dir() else []:
+        return checkpoints[-1]
+    raise CheckpointError(f"{path}: neither a whole checkpoint (with a file COMPLETE) nor a run folder that holds one")
+
+
+def load_run_config(checkpoint: Path) -> RunConfig:
+    """The configuration that a checkpoint was trained with."""
+    description = _read_json(checkpoint / "config.json")
+    return build_config(RunConfig, description["run"], where=str(checkpoint / "config.json"))
+
+
+def load_model(checkpoint: Path) -> tuple[MmctxModel, TextTokenizer, RunConfig]:
+    """Model (in evaluation mode), tokenizer and configuration of a checkpoint or run folder."""
+    checkpoint = resolve_checkpoint(checkpoint)
+    config = load_run_config(checkpoint)
+    model = MmctxModel(config.model, config.objectives, _read_json(checkpoint / "config.json")["vocab_size"])
+    load_weights(model, checkpoint)
+    return model.eval(), TextTokenizer(checkpoint), config
+
+
+def load_weights(model: MmctxModel, checkpoint: Path) -> None:
+    """Loads `model.safetensors`; every tensor must be there with its shape."""
+    path = checkpoint / "model.safetensors"
+    try:
+        weights = load_file(path)
+    except Exception as error:  # safetensors raises its own types for damaged files
+        raise CheckpointError(
+            f"{path}: cannot be read ({error}); delete {checkpoint} to fall back to the checkpoint before it"
+        ) from None
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: does not fit the configured model: {error}") from None
+
+
+def resume(
+    run_dir: Path, config: RunConfig, model: MmctxModel, optimizer: torch.optim.Optimizer
+) -> TrainerState | None:
+    """Loads the newest whole checkpoint of the run, if there is one.
+
+    Raises:
+        CheckpointError: it was made with another configuration (the first differing keys are named with both values).
+    """
+    checkpoints = list_checkpoints(run_dir)
+    if not checkpoints:
+        return None
+    checkpoint = checkpoints[-1]
+    check_same_run(load_run_config(checkpoint), config, checkpoint)
+    load_weights(model, checkpoint)
+    path = checkpoint / "trainer" / "optimizer.pt"
+    try:
+        optimizer.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except (RuntimeError, ValueError, EOFError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error}); delete {checkpoint} to fall back to the one before it"
+        ) from None
+    return TrainerState(**_read_json(checkpoint / "trainer" / "trainer_state.json"))
+
+
+def check_same_run(saved: RunConfig, asked: RunConfig, where: Path) -> None:
+    """Refuses to go on with a run under a configuration that would make it another run."""
+    before, now = _flatten(saved.model_dump(mode="json")), _flatten(asked.model_dump(mode="json"))
+    changed = [
+        key
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+        and not any(key == free or key.startswith(free + ".") for free in FREE_TO_CHANGE)
+    ]
+    if changed:
+        lines = "\n".join(
+            f"  {key}: {before.get(key)!r} in the checkpoint, {now.get(key)!r} asked for" for key in changed[:8]
+        )
+        raise CheckpointError(
+            f"{where} was made with another configuration:\n{lines}\nSet run.name to start a new run, or restore these values."
+        )
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(tree, Mapping) and tree:
+        return {k: v for name, part in tree.items() for k, v in _flatten(part, f"{prefix}{name}.").items()}
+    return {prefix.removesuffix("."): tree}
+
+
+def _point_latest(run_dir: Path, checkpoint: Path) -> None:
+    link = run_dir / ".latest"
+    link.unlink(missing_ok=True)
+    link.symlink_to(checkpoint.name)
+    os.replace(link, run_dir / "latest")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

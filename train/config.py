@@ -1,0 +1,100 @@
+"""The root of the configuration tree: everything a run is."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from mmctx.config import StrictModel
+from mmctx.datasets.config import DataConfig
+from mmctx.eval.config import EvalConfig
+from mmctx.model import ModelConfig
+from mmctx.objectives import AnyObjective
+
+
+class RunInfo(StrictModel):
+    """Where the run lives."""
+
+    name: str
+    """Folder of the run below `dir`."""
+    dir: str = "runs"
+    """Folder of all runs."""
+
+
+class OptimizerConfig(StrictModel):
+    """AdamW with decay groups (Loshchilov and Hutter 2019)."""
+
+    lr: float = Field(1e-3, gt=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """AdamW's moment decays."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW's epsilon."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Decoupled L2, on matrices only: not on norms, biases, embeddings and scales."""
+    clip_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this global norm."""
+
+
+class ScheduleConfig(StrictModel):
+    """Learning rate as a pure function of the step."""
+
+    kind: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after the warm-up."""
+    warmup_steps: int = Field(100, ge=0)
+    """Linear rise from zero."""
+    final_ratio: float = Field(0.05, ge=0, le=1)
+    """Share of the peak that is left at the last step."""
+
+
+class TrainConfig(StrictModel):
+    """The loop."""
+
+    steps: int = Field(1000, ge=1)
+    """Global steps."""
+    seed: int = 0
+    """Seeds weights, order, masking and dropout."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 runs matrix products in bfloat16 under autocast; weights and optimizer stay fp32."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """Learning rate."""
+    log_every: int = Field(10, ge=1)
+    """Steps between lines of metrics.jsonl; the device is asked for numbers only then."""
+    save_every: int = Field(1000, ge=1)
+    """Steps between checkpoints; one is always written at the end and on Ctrl-C."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Older ones are deleted."""
+    tensorboard: bool = False
+    """Write TensorBoard events beside metrics.jsonl."""
+    num_threads: int | None = None
+    """CPU threads of torch; null leaves torch's choice."""
+
+
+class RunConfig(StrictModel):
+    """One YAML file."""
+
+    run: RunInfo
+    """Name and place."""
+    data: DataConfig
+    """What is read."""
+    model: ModelConfig
+    """What is trained."""
+    objectives: dict[str, AnyObjective]
+    """What it is trained for."""
+    train: TrainConfig = TrainConfig()
+    """How."""
+    eval: EvalConfig = EvalConfig()
+    """What is measured at the end."""
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        for name, source in self.data.sources.items():
+            for objective in source.objectives:
+                if objective not in self.objectives:
+                    raise ValueError(
+                        f"data.sources.{name}.objectives names {objective!r}, but `objectives` defines {sorted(self.objectives)}"
+                    )
+        return self

@@ -1,0 +1,321 @@
+"""The training loop: read it from `train` downwards."""
+
+from __future__ import annotations
+
+import json
+import platform
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from mmctx.config import dump_config
+from mmctx.datasets.assemble import RunData, build_data
+from mmctx.datasets.fetch import StepSampler, make_loader
+from mmctx.datasets.order import derive_key
+from mmctx.datasets.plan import Plan
+from mmctx.model import MmctxModel, count_parameters
+from mmctx.objectives import LossSum
+from mmctx.pack import PackedBatch
+from mmctx.train.build import build_model
+from mmctx.train.checkpoint import TrainerState, resume, save_checkpoint
+from mmctx.train.config import RunConfig
+from mmctx.train.optim import build_optimizer, learning_rate
+from mmctx.train.records import JsonLines, ProgressBar, SkipLedger
+
+
+@dataclass
+class Interval:
+    """Sums since the last logged step; device tensors are only read when a line is written."""
+
+    totals: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    grad_norm: Tensor | None = None
+    tokens: int = 0
+    samples: int = 0
+    skipped: int = 0
+    steps: int = 0
+    data_wait: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What `train` returns.
+
+    Attributes:
+        run_dir: the run's folder.
+        step: steps done in all.
+        interrupted: stopped by a signal before the last step.
+        train_seconds: time spent in the loop, earlier sittings included.
+        is_main_process: False on all ranks but one.
+    """
+
+    run_dir: Path
+    step: int
+    interrupted: bool
+    train_seconds: float
+    is_main_process: bool
+
+
+class StopOnSignal:
+    """Turns SIGINT and SIGTERM into a wish that the loop grants after its current step; a second signal is not caught."""
+
+    def __init__(self) -> None:
+        self.wished = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.wished = True
+        signal.signal(number, self._before[number])
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def train(config: RunConfig) -> TrainResult:
+    """Trains a run to its last step, from its newest checkpoint if it has one.
+
+    Works alone and under `accelerate launch` or `torchrun`. Evaluation is not part of it: see `mmctx.eval`.
+
+    Raises:
+        MmctxError: whatever a user can mend, with the file or key, both values and the remedy.
+    """
+    if config.train.num_threads:
+        torch.set_num_threads(config.train.num_threads)
+    accelerator = Accelerator(
+        mixed_precision="bf16" if config.train.precision == "bf16" else "no", cpu=not torch.cuda.is_available()
+    )
+    run_dir = Path(config.run.dir) / config.run.name
+    run_dir.mkdir(parents=True, exist_ok=True)
+    data = build_data(config.data, config.data.sources, config.model, config.objectives, config.train.seed)
+    model = build_model(config, len(data.tokenizer))
+    optimizer = build_optimizer(model, config.train.optimizer)
+    state = resume(run_dir, config, model, optimizer)
+    sitting = Sitting(config, accelerator, run_dir, data, model, optimizer, state)
+    try:
+        return sitting.run()
+    finally:
+        sitting.close()
+
+
+class Sitting:
+    """One process's stretch of a run: from where the checkpoint left off to the end or a signal."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        accelerator: Accelerator,
+        run_dir: Path,
+        data: RunData,
+        model: MmctxModel,
+        optimizer: torch.optim.Optimizer,
+        state: TrainerState | None,
+    ) -> None:
+        self.config, self.accelerator, self.run_dir, self.data = config, accelerator, run_dir, data
+        self.state = state or TrainerState()
+        self.raw_model = model
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.plan = Plan(config.data, data.tables, config.train.seed)
+        self.bar = ProgressBar(config.train.steps, self.state.step, enabled=accelerator.is_main_process)
+        rank = accelerator.process_index
+        ledger_name = "skips.jsonl" if rank == 0 else f"skips-rank{rank}.jsonl"
+        self.ledger = SkipLedger(run_dir / ledger_name, config.data.skip_budget, self.state.step if state else -1)
+        self.metrics = JsonLines(run_dir / "metrics.jsonl", self.state.step) if accelerator.is_main_process else None
+        self.tensorboard = self._open_tensorboard()
+        if accelerator.is_main_process:
+            self._introduce(resumed=state is not None)
+
+    def run(self) -> TrainResult:
+        """Every step from the current one on."""
+        config, state = self.config, self.state
+        batches, first = self._batches(), state.step
+        interval = Interval()
+        self.model.train()
+        with StopOnSignal() as stop:
+            while state.step < config.train.steps and not self._stopped(stop):
+                self._step(batches, interval)
+                state.step += 1
+                self.bar.advance(state.step)
+                if state.step % config.train.log_every == 0 or state.step == config.train.steps:
+                    self._log(interval)
+                    interval = Interval()
+                if state.step % config.train.save_every == 0 and state.step < config.train.steps:
+                    self._save(interval)
+            if interval.steps:
+                self._log(interval)
+            if state.step > first:
+                self._save(Interval())
+        interrupted, main = state.step < config.train.steps, self.accelerator.is_main_process
+        return TrainResult(self.run_dir, state.step, interrupted, state.train_seconds, main)
+
+    def _batches(self) -> Iterator[PackedBatch]:
+        accelerator = self.accelerator
+        sampler = StepSampler(
+            self.plan, self.state.step, self.config.train.steps, accelerator.process_index, accelerator.num_processes
+        )
+        return iter(make_loader(self.data.dataset, sampler, self.config.data))
+
+    def _step(self, batches: Iterator[PackedBatch], interval: Interval) -> None:
+        """One optimizer step over this rank's bins of the global batch."""
+        accelerator, step = self.accelerator, self.state.step
+        waited = time.perf_counter()
+        per_rank = self.config.data.bins_per_step // accelerator.num_processes
+        micro_batches = [next(batches) for _ in range(per_rank)]
+        interval.data_wait += time.perf_counter() - waited
+        # Dropout is a function of (seed, step, rank): there is no generator state to save.
+        torch.manual_seed(derive_key(self.config.train.seed, "dropout", step, accelerator.process_index) >> 1)
+        lr = learning_rate(step, self.config.train.steps, self.config.train.optimizer.lr, self.config.train.schedule)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        counts = self._global_counts(micro_batches)
+        for number, batch in enumerate(micro_batches):
+            last = number == len(micro_batches) - 1
+            with nullcontext() if last else accelerator.no_sync(self.model):
+                losses: dict[str, LossSum] = self.model(batch.to(accelerator.device))
+                accelerator.backward(self._combine(losses, counts))
+            for name, loss in losses.items():
+                interval.totals[name] = interval.totals.get(name, 0) + loss.total.detach()
+        interval.grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), self.config.train.optimizer.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._count(micro_batches, counts, interval)
+
+    def _combine(self, losses: Mapping[str, LossSum], counts: Mapping[str, int]) -> Tensor:
+        """Weighted sum of means over the whole global step; times the ranks, because DDP averages gradients over them."""
+        weights = {name: objective.weight for name, objective in self.config.objectives.items()}
+        parts = [weights[name] * loss.total / max(counts[name], 1) for name, loss in losses.items()]
+        return torch.stack(parts).sum() * self.accelerator.num_processes
+
+    def _global_counts(self, micro_batches: list[PackedBatch]) -> dict[str, int]:
+        """Predictions of each objective in the whole global step."""
+        heads = self.raw_model.objectives
+        counts = {name: sum(head.count(batch) for batch in micro_batches) for name, head in heads.items()}  # type: ignore[operator]
+        return dict(zip(counts, self._sum_over_ranks(list(counts.values())), strict=True))
+
+    def _sum_over_ranks(self, numbers: list[int]) -> list[int]:
+        if self.accelerator.num_processes == 1:
+            return numbers
+        summed = self.accelerator.reduce(torch.tensor(numbers, device=self.accelerator.device), reduction="sum")
+        return summed.tolist()  # type: ignore[union-attr]
+
+    def _count(self, micro_batches: list[PackedBatch], counts: Mapping[str, int], interval: Interval) -> None:
+        interval.steps += 1
+        for name, count in counts.items():
+            interval.counts[name] = interval.counts.get(name, 0) + count
+        interval.tokens += sum(batch.num_tokens for batch in micro_batches)
+        interval.samples += sum(batch.num_samples for batch in micro_batches)
+        for batch in micro_batches:
+            interval.skipped += self.ledger.record(batch.skips, self.state.step + 1)
+
+    def _log(self, interval: Interval) -> None:
+        """Writes one line: the only place where the loop waits for the device."""
+        state, steps = self.state, max(interval.steps, 1)
+        tokens, samples, skipped = self._sum_over_ranks([interval.tokens, interval.samples, interval.skipped])
+        state.tokens, state.samples, state.skipped = (
+            state.tokens + tokens,
+            state.samples + samples,
+            state.skipped + skipped,
+        )
+        totals = torch.stack([interval.totals[name].double() for name in interval.counts])
+        totals = self.accelerator.reduce(totals, reduction="sum").tolist()  # type: ignore[union-attr]
+        assert interval.grad_norm is not None
+        seconds = time.perf_counter() - interval.started
+        state.train_seconds += seconds
+        means = {
+            name: total / count if count else None
+            for (name, count), total in zip(interval.counts.items(), totals, strict=True)
+        }
+        line = {
+            "step": state.step,
+            "loss": sum(self.config.objectives[name].weight * mean for name, mean in means.items() if mean is not None),
+            **{f"loss/{name}": mean for name, mean in means.items()},
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "grad_norm": float(interval.grad_norm),
+            "tokens": state.tokens,
+            "samples": state.samples,
+            "tokens_per_s": tokens / seconds,
+            "samples_per_s": samples / seconds,
+            "fill": tokens / (steps * self.config.data.bins_per_step * self.config.data.bin_tokens),
+            "data_wait": interval.data_wait / seconds,
+            "skipped": state.skipped,
+        }
+        if self.metrics is not None:
+            self.metrics.write([line])
+            self.bar.log(line)
+            if self.tensorboard is not None:
+                for name, value in line.items():
+                    if value is not None:
+                        self.tensorboard.add_scalar(name, value, state.step)
+        self.ledger.check(state.skipped, state.samples + state.skipped)
+
+    def _save(self, interval: Interval) -> None:
+        state = self.state
+        if interval.steps:  # lines and state must agree on where the run stands
+            self._log(interval)
+            interval.__init__()
+        if self.accelerator.is_main_process:
+            path = save_checkpoint(
+                self.run_dir, self.config, self.raw_model, self.data.tokenizer, self.optimizer, state
+            )
+            self.bar.say(f"saved {path}")
+        self.accelerator.wait_for_everyone()
+
+    def _stopped(self, stop: StopOnSignal) -> bool:
+        if self.accelerator.num_processes == 1:
+            return stop.wished
+        if self.state.step % self.config.train.log_every:  # ranks must agree, and may only talk where they wait anyway
+            return False
+        return self._sum_over_ranks([int(stop.wished)])[0] > 0
+
+    def _introduce(self, resumed: bool) -> None:
+        state, plan = self.state, self.plan
+        if resumed:
+            self.bar.say(f"resuming {self.run_dir} at step {state.step} of {self.config.train.steps}")
+        else:
+            self.ledger.record(self.data.skips, step=0)
+        dump_config(self.config, self.run_dir / "config.yaml")
+        manifest = {
+            "parameters": count_parameters(self.raw_model),
+            "usable_samples": plan.num_samples,
+            "left_out_samples": len(self.data.skips),
+            "samples_per_step": plan.samples_per_step,
+            "processes": self.accelerator.num_processes,
+            "device": str(self.accelerator.device),
+            "python": platform.python_version(),
+            "versions": {name: version(name) for name in ("mmctx", "torch", "accelerate", "transformers", "timm")},
+        }
+        (self.run_dir / "manifest.json").write_text(json.dumps(manifest, indent=2))
+        self.bar.say(
+            f"{self.run_dir}: {manifest['parameters']:,} parameters, {plan.num_samples:,} samples"
+            f" ({len(self.data.skips)} left out, see skips.jsonl), {plan.samples_per_step:.1f} samples a step"
+        )
+
+    def _open_tensorboard(self) -> Any:
+        if not (self.config.train.tensorboard and self.accelerator.is_main_process):
+            return None
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(self.run_dir / "tensorboard"))
+
+    def close(self) -> None:
+        """Closes files and the bar."""
+        self.bar.close()
+        self.ledger.close()
+        for closable in (self.metrics, self.tensorboard):
+            if closable is not None:
+                closable.close()

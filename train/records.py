@@ -1,0 +1,136 @@
+"""What a run leaves behind while it goes: metrics.jsonl, skips.jsonl, TensorBoard events, a progress bar."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+from mmctx.errors import SkipBudgetError
+from mmctx.pack import Skip
+
+
+class JsonLines:
+    """A file of one JSON object a line, continued after a restart from the step that the checkpoint held.
+
+    Args:
+        path: the file.
+        last_step: lines of later steps are dropped: they will be written again.
+    """
+
+    def __init__(self, path: Path, last_step: int) -> None:
+        kept = [line for line in read_lines(path) if line["step"] <= last_step]
+        self._file: TextIO = path.open("w")
+        self.write(kept)
+
+    def write(self, lines: Iterable[dict[str, Any]]) -> None:
+        """Appends lines and hands them to the system at once, so that a killed run keeps them."""
+        for line in lines:
+            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All objects of a JSON-lines file; a last line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_text().splitlines():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return found
+
+
+class SkipLedger:
+    """Writes every skipped sample down and stops the run when there are too many.
+
+    Args:
+        path: skips.jsonl, one for each rank.
+        budget: largest share of samples that may be skipped.
+        last_step: as in `JsonLines`.
+    """
+
+    GRACE = 200  # samples seen before the share means anything
+
+    def __init__(self, path: Path, budget: float, last_step: int) -> None:
+        self._lines, self.budget = JsonLines(path, last_step), budget
+        self._by_shard: Counter[str] = Counter()
+
+    def record(self, skips: Iterable[Skip], step: int) -> int:
+        """Writes skips down and returns their number."""
+        lines = [{"step": step, **asdict(skip)} for skip in skips]
+        self._lines.write(lines)
+        self._by_shard.update(line["shard"] for line in lines)
+        return len(lines)
+
+    def check(self, skipped: int, samples: int) -> None:
+        """Raises SkipBudgetError when more than the budget of the samples seen so far were skipped."""
+        if skipped > self.budget * max(samples, self.GRACE):
+            worst = ", ".join(f"{shard} ({count})" for shard, count in self._by_shard.most_common(3))
+            raise SkipBudgetError(
+                f"{skipped} of {samples} samples were skipped, more than data.skip_budget={self.budget} allows; most in {worst}. "
+                "See skips.jsonl for every key and reason; mend the shards or raise the budget."
+            )
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._lines.close()
+
+
+class ProgressBar:
+    """A rich progress bar on a terminal, plain lines elsewhere; always on stderr, so that stdout stays machine-readable."""
+
+    def __init__(self, total: int, done: int, enabled: bool = True) -> None:
+        self._bar, self._total, self._enabled = None, total, enabled
+        if enabled and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
+            self._bar = Progress(*columns, console=Console(stderr=True))
+            self._bar.start()
+            self._task = self._bar.add_task("train", total=total, completed=done, note="")
+
+    def advance(self, step: int) -> None:
+        """One more step is done."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Shows the newest metrics."""
+        losses = " ".join(
+            f"{k.removeprefix('loss/')} {v:.3f}" for k, v in line.items() if k.startswith("loss/") and v is not None
+        )
+        note = f"loss {line['loss']:.3f} ({losses}) lr {line['lr']:.2e} {line['tokens_per_s']:,.0f} tok/s"
+        if self._bar is not None:
+            self._bar.update(self._task, note=note)
+        elif self._enabled:
+            print(f"step {line['step']}/{self._total} {note}", file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """A message above the bar."""
+        if self._bar is not None:
+            self._bar.console.print(text)
+        elif self._enabled:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leaves the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()
