@@ -88,7 +88,7 @@ def _encode(entry: str, text: str | None, tokenizer: TextTokenizer) -> np.ndarra
 def decode_image(data: bytes) -> Tensor:
     """A JPEG, PNG or WebP picture as (3, H, W) uint8 RGB, transparency laid over white.
 
-    Pixels are as stored: EXIF rotation is not applied, as in the index.
+    Pixels are as stored: EXIF rotation is not applied, as in the index. In memory channels may lie last, as decoders write.
 
     Raises:
         SampleError: ``undecodable_image``: damaged, cut short, or beyond Pillow's limit on pixels.
@@ -114,7 +114,7 @@ def _pillow_pixels(image: Image.Image) -> Tensor:
     if image.mode.startswith("I;16"):
         return torch.from_numpy(np.asarray(image, dtype=np.uint16).copy())[None]
     converted = image.convert("RGBA" if image.has_transparency_data else "RGB")
-    return torch.from_numpy(np.array(converted)).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.array(converted)).permute(2, 0, 1)
 
 
 def _over_white(pixels: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ counted in `tokens.py`.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -157,7 +158,8 @@ def is_fresh(path: Path) -> bool:
         return True
     if meta["content_hash"] != content_hash(path, list(scan_tar(path))):
         return False
-    _write_json(index_folder(path) / "meta.json", meta | {"mtime_ns": mtime_ns})
+    with contextlib.suppress(OSError):  # a copy that may not be written is hashed again each time
+        _write_json(index_folder(path) / "meta.json", meta | {"mtime_ns": mtime_ns})
     return True
 
 

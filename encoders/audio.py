@@ -76,25 +76,25 @@ class AudioEncoder(nn.Module):
             )
         device = media.values.device
         slots = Slots.of_clips(media.lengths, self.config.chunk_frames, stride)
-        offsets = torch.from_numpy(slots.offsets).to(device, non_blocking=True)  # (L,)
-        real = torch.from_numpy(slots.real).to(device, non_blocking=True)[:, None]  # (L, 1)
-        x = self._frames_in_slots(media.values, slots, device)  # (L, M)
-        for conv in self.convs:
-            offsets, real = offsets[::2], real[::2]
-            x = nn.functional.gelu(conv(x, starts=offsets == 0)) * real  # (L/2, C), (L/4, C) ... (R, C)
-        x = x + self.positions[offsets // stride]
+        x = self.embed_frames(media.values, slots)
         layout = DocumentLayout.from_lengths(slots.num_tokens, num_causal=0, device=device)
         for block in self.blocks:
             x = block(x, layout, self.attention_backend)
         return self.projector(x)
 
-    def _frames_in_slots(self, values: Tensor, slots: Slots, device: torch.device) -> Tensor:
-        """(F, M) -> (L, M): each chunk at the start of its slot, zeros behind it."""
-        values = values.to(self.positions.dtype)
-        if slots.real.all():
-            return values
-        index = torch.from_numpy(np.flatnonzero(slots.real)).to(device, non_blocking=True)
-        return values.new_zeros(len(slots.real), values.shape[1]).index_copy(0, index, values)
+    def embed_frames(self, values: Tensor, slots: Slots) -> Tensor:
+        """Convolutions and positions: (F, M) frames -> (R, C)."""
+        offsets = torch.from_numpy(slots.offsets).to(values.device, non_blocking=True)  # (L,)
+        real = torch.from_numpy(slots.real).to(values.device, non_blocking=True)[:, None]  # (L, 1)
+        x = values.to(self.positions.dtype)
+        if not slots.real.all():
+            index = torch.from_numpy(np.flatnonzero(slots.real)).to(values.device, non_blocking=True)
+            x = x.new_zeros(len(slots.real), x.shape[1]).index_copy(0, index, x)  # (L, M)
+        for conv in self.convs:
+            offsets, real = offsets[::2], real[::2]
+            # Bias and GELU make padding non-zero: zero it again, or the next layer's last real frame would see it.
+            x = nn.functional.gelu(conv(x, starts=offsets == 0)) * real  # (L/2, C), (L/4, C) ... (R, C)
+        return x + self.positions[offsets // self.config.stride]
 
     def empty_batch(self, device: torch.device | str) -> MediaBatch:
         """One clip of zeros that fills no slot, for ranks without sound: multiply its embedding by zero."""

@@ -14,7 +14,6 @@ from mmctx import eval as evaluation
 from mmctx.datasets.assemble import RunData, build_data
 from mmctx.datasets.plan import Plan
 from mmctx.errors import ConfigError, DataError
-from mmctx.eval.report import summarise_losses, write_report
 from mmctx.model import MmctxModel
 from mmctx.pack import PackedBatch
 from mmctx.train.build import build_model as _build_model
@@ -60,6 +59,8 @@ def evaluate(
     Raises:
         ConfigError: the run has no held-out sources, or a suite is unknown.
     """
+    from mmctx.eval.report import summarise_losses, write_report  # needs the `eval` extra, training does not
+
     folder = resolve_checkpoint(Path(checkpoint))
     model, _, config = load_model(folder)
     if overrides:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,3 +22,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny corpus, made once; tests that change files copy it first."""
+    from tiny import make_corpus
+
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def tree(corpus: Path, tmp_path: Path) -> dict[str, Any]:
+    """A fresh tree of the tiny run, its runs folder below `tmp_path`."""
+    from tiny import tiny_tree
+
+    return tiny_tree(corpus, tmp_path / "runs")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from mmctx.attention.backend import Backend, Request
@@ -45,12 +46,15 @@ def attention(
         backend: a name of `BACKENDS`, or "auto" for the first of them that can serve these tensors.
 
     Returns:
-        (T, Hq, d), of the type of q.
+        (T, Hq, d), of the type of q. Under autocast q, k and v are cast to its type first, as PyTorch's own attention does.
 
     Raises:
         ValueError: shapes, types or devices do not fit together.
         BackendError: `backend` is unknown or cannot run here.
     """
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
     _check(q, k, v, layout, window)
     if not layout.lengths:
         return q  # (0, Hq, d)

@@ -36,7 +36,8 @@ TOLERANCES: dict[torch.dtype, float] = {
 """Largest error allowed, relative to the largest magnitude of the reference. Each is a few roundings of its type: the
 inputs of the reference are rounded first, so that only the computation differs."""
 
-_GRADIENTS = ("grad_q", "grad_k", "grad_v")
+_ERRORS = ("forward", "grad_q", "grad_k", "grad_v")
+_HEAD_DIM = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +58,17 @@ CASES: tuple[Case, ...] = (
     Case("mixed", (31, 16, 16, 45, 16, 16, 23), 4),
     Case("causal window", (50, 7, 129, 8, 20), 5, window=7),
     Case("bidirectional window", (50, 7, 129, 8, 20), 0, window=7),
-    Case("mixed window", (300, 1, 40, 420, 33, 30), 3, window=16),
+    Case("mixed window", (300, 1, 40, 270, 33, 30), 3, window=16),
     Case("grouped heads", (40, 9, 30, 12), 2, num_heads=8, num_kv_heads=2),
     Case("grouped heads, window", (40, 9, 30, 12), 2, window=5, num_heads=6, num_kv_heads=3),
     Case("one-token documents", (1, 1, 9, 1, 1, 6, 1), 4),
-    Case("very uneven", (2, 700, 1, 3, 257, 4), 3),
+    Case("very uneven", (2, 400, 1, 3, 150, 4), 3),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class CaseResult:
-    """The largest errors of one case, relative to the largest magnitude of the reference; NaN where a value is not finite."""
+    """The largest errors of one case over the largest magnitude of the reference; NaN where a value is not finite."""
 
     case: str
     forward: float
@@ -78,7 +79,7 @@ class CaseResult:
     @property
     def worst(self) -> float:
         """The largest of the four; infinite where any is NaN, so that it never passes."""
-        errors = (self.forward, self.grad_q, self.grad_k, self.grad_v)
+        errors = [getattr(self, name) for name in _ERRORS]
         return math.inf if any(math.isnan(error) for error in errors) else max(errors)
 
 
@@ -119,7 +120,7 @@ class Certificate:
         """Plain values for `json.dumps`; an error that is not finite becomes None, which JSON can say."""
         tree = asdict(self)
         for result in tree["results"]:
-            for name in ("forward", *_GRADIENTS):
+            for name in _ERRORS:
                 result[name] = result[name] if math.isfinite(result[name]) else None
         tree["results"] = list(tree["results"])
         return tree
@@ -150,7 +151,7 @@ def certify_backend(backend: Backend, device: torch.device, dtype: torch.dtype, 
     results: list[CaseResult] = []
     milliseconds = None
     passed = False
-    why_not = backend.why_not(Request(device, dtype, head_dim=64, windowed=True))
+    why_not = backend.why_not(Request(device, dtype, head_dim=_HEAD_DIM, windowed=True))
     if why_not is None:
         try:
             results = [_run_case(backend, case, device, dtype) for case in CASES]
@@ -192,7 +193,7 @@ def choose(certificates: Iterable[Certificate]) -> str:
 
 def _run_case(backend: Backend, case: Case, device: torch.device, dtype: torch.dtype) -> CaseResult:
     layout = DocumentLayout.from_lengths(case.lengths, case.num_causal, device)
-    q, k, v, grad = _inputs(layout, case.num_heads, case.num_kv_heads, 64, dtype)
+    q, k, v, grad = _inputs(layout, case.num_heads, case.num_kv_heads, _HEAD_DIM, dtype)
     found = _with_gradients(backend.function(q, k, v, layout, case.window), (q, k, v), grad)
     expected = _with_gradients(reference_attention(q, k, v, layout, case.window), (q, k, v), grad.double())
     return CaseResult(case.name, *(_error(a, b) for a, b in zip(found, expected, strict=True)))
@@ -215,14 +216,14 @@ def _with_gradients(out: Tensor, inputs: tuple[Tensor, ...], grad: Tensor) -> tu
 
 
 def _error(found: Tensor, expected: Tensor) -> float:
-    """Largest absolute difference over the largest magnitude expected: element by element, errors near zero mean nothing."""
+    """Largest difference over the largest magnitude expected: of single elements near zero, a relative error says nothing."""
     expected = expected.double()
     difference = (found.double() - expected).abs().max()
     return (difference / expected.abs().max().clamp_min(torch.finfo(torch.float64).tiny)).item()
 
 
 def _time(backend: Backend, device: torch.device, dtype: torch.dtype, repeats: int = 3) -> float:
-    """Median milliseconds of forward and backward on the standard shape: one long document, some middling, many short."""
+    """Median milliseconds, forward and backward, of the standard shape: one long document, some middling, many short."""
     on_gpu = device.type == "cuda"
     unit, num_heads, head_dim = (512, 16, 128) if on_gpu else (32, 4, 64)
     lengths = (16 * unit, *[4 * unit] * 4, *[unit] * 16, *[unit // 2] * 32)  # 64 units: 32,768 tokens on a GPU, 2,048

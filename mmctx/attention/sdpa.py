@@ -69,9 +69,9 @@ class _Gather(torch.autograd.Function):
     """Rows between the order of tokens and the order of slots: (R, C) -> (len(index), C).
 
     Its backward gathers as well, by the inverse index: PyTorch's would fill a gradient with zeros and add to it row by
-    row, twice as slow. `padding` are the rows that the forward left out, whose gradient is zero. Towards slots there is
-    none to care for: the gradient of the padding that the forward added is zero (no token attends to it, its output goes
-    nowhere) and is left out.
+    row, twice as slow. `padding` are the rows that the forward left out, whose gradient is zero. Towards slots there are
+    none, and the padding added there is left out: its gradient is zero, for no token attends to it and its output goes
+    nowhere.
     """
 
     @staticmethod

@@ -1,0 +1,376 @@
+"""Indexes: measures against the decoded media, every defect by its reason, staleness, parallel indexing."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from make_shards import (
+    encode_audio,
+    encode_image,
+    make_document,
+    make_triples,
+    random_pixels,
+    train_tokenizer,
+    write_shard,
+)
+
+from mmctx.datasets import sidecar
+from mmctx.datasets.contents import REASONS
+from mmctx.datasets.index import expand_shards, index_shard, index_shards
+from mmctx.datasets.sidecar import index_folder
+from mmctx.datasets.source import Source
+from mmctx.datasets.tokens import TokenCounter
+from mmctx.errors import ConfigError, DataError
+from mmctx.tokenizer import TextTokenizer
+
+TEXTS = ("txt", "json:names.zh", "json:names.fr")
+
+
+@pytest.fixture
+def shard(tmp_path) -> Path:
+    return write_shard(tmp_path / "x-0000.tar", make_triples(6))
+
+
+def area(width: np.ndarray, height: np.ndarray) -> np.ndarray:
+    return width * height
+
+
+def first(num_samples: np.ndarray, rate: np.ndarray) -> np.ndarray:
+    assert (rate > 0).all()
+    return num_samples
+
+
+def test_measures(shard, tokenizer):
+    index = index_shard(shard, tokenizer, TEXTS)
+    assert index.num_samples == 6
+    assert index.problems() == []
+    numbers = range(6)
+    assert [k.decode() for k in index.keys] == [f"dir/000-{n:05d}" for n in numbers]
+    assert index.tokens is not None
+    assert index.tokens[:, 0].tolist() == [len(tokenizer.encode(f"caption number {n}")) for n in numbers]
+    assert index.tokens[:, 1].tolist() == [len(tokenizer.encode(f"名字{n}")) for n in numbers]
+    assert index.tokens[:, 2].tolist() == [-1] * 6
+    assert index.media.tolist() == [row for n in numbers for row in ((0, 12, 8 + n), (1, 100 + n, 8000))]
+
+
+def test_counter_counts_as_the_tokenizer_does(tokenizer):
+    texts = ["a caption", "名字 \n", "<|image|> <|endoftext|>", ""]
+    counter = pickle.loads(pickle.dumps(TokenCounter.of(tokenizer)))
+    assert counter.count(texts) == tokenizer.count(texts)
+
+
+def test_interleaved_document(tmp_path, tokenizer):
+    shard = write_shard(tmp_path / "x.tar", [*make_triples(2), make_document()])
+    source = Source("s", [index_shard(shard, tokenizer, ("txt", "json:names.en"))], ("txt", "json:names.en"))
+    sizes = source.sizes(np.array([2, 0]), area, first)
+    texts = ("first a picture ", "then a sound ", "the end")
+    assert sizes.interleaved.tolist() == [True, False]
+    assert sizes.text_tokens[0].tolist() == [sum(len(tokenizer.encode(t)) for t in texts), -1]
+    assert sizes.image_tokens.tolist() == [20 * 10 + 40 * 30, 12 * 8]
+    assert sizes.audio_tokens.tolist() == [160, 100]
+
+
+def as_json(content: object) -> bytes:
+    return json.dumps(content).encode()
+
+
+PNG = encode_image(random_pixels(0, 9, 7), "PNG")
+DEFECTS = {
+    "undecodable_image": {"jpg": b"no picture", "txt": b"t"},
+    "undecodable_audio": {"wav": b"no sound", "txt": b"t"},
+    "missing_member": {"json": as_json({"segments": [{"image": "0.png"}, {"image": "1.png"}]}), "0.png": PNG},
+    "bad_json": {"json": b"{", "txt": b"t"},
+    "bad_text": {"txt": b"\xff\xfe", "png": PNG},
+    "empty": {"txt": b" \n", "png": PNG},
+    "duplicate_member": {"png": PNG, "jpg": PNG, "txt": b"t"},
+}
+
+
+@pytest.mark.parametrize("reason", DEFECTS)
+def test_a_defect_is_flagged_by_its_reason(tmp_path, tokenizer, reason):
+    samples = [*make_triples(1), {"__key__": "defect", **DEFECTS[reason]}, *make_triples(1, seed=9)]
+    index = index_shard(write_shard(tmp_path / "x.tar", samples), tokenizer, ("txt",))
+    source = Source("s", [index], ("txt",))
+    flags = source.flags(np.arange(3))
+    assert [source.flag_reason(f) for f in flags] == ["ok", reason, "ok"]
+    assert [(p.key, p.reason) for p in index.problems()] == [("defect", reason)]
+    assert source.usable_ids().tolist() == [0, 2]
+    assert source.sizes(np.arange(3), area, first).text_tokens[1, 0] <= 1
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ({"segments": []}, "empty"),
+        ({"segments": [{"text": " "}]}, "empty"),
+        ({"segments": "text"}, "bad_json"),
+        ({"segments": ["text"]}, "bad_json"),
+        ({"segments": [{"id": 0, "text": "as Whisper writes"}]}, "bad_json"),
+        ({"segments": [{"text": 3}]}, "bad_json"),
+        ({"caption": 3}, "bad_json"),
+        ({"caption": ""}, "empty"),
+        ({"other": "neither text nor media"}, "empty"),
+    ],
+)
+def test_malformed_documents(tmp_path, tokenizer, content, reason):
+    shard = write_shard(tmp_path / "x.tar", [{"__key__": "k", "json": as_json(content)}])
+    index = index_shard(shard, tokenizer, ("json:caption",))
+    assert [p.reason for p in index.problems()] == [reason]
+
+
+def test_an_empty_clip_and_a_bomb(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 100)
+    samples = [
+        {"__key__": "a", "wav": encode_audio(np.zeros(0, np.float32), 8000, "WAV")},
+        {"__key__": "b", "png": encode_image(random_pixels(0, 20, 20), "PNG")},
+    ]
+    index = index_shard(write_shard(tmp_path / "x.tar", samples), tokenizer, ("txt",))
+    assert [(p.key, p.reason) for p in index.problems()] == [("a", "empty"), ("b", "undecodable_image")]
+
+
+def test_parts_of_a_sample_that_do_not_stand_together(tmp_path, tokenizer):
+    path = tmp_path / "x.tar"
+    with webdataset.TarWriter(str(path), encoder=False) as writer:
+        for extension, data in (("png", PNG), ("txt", b"a text")):
+            for key in ("a", "b"):
+                writer.write({"__key__": key, extension: data})
+    index = index_shard(path, tokenizer, ("txt",))
+    assert [(p.key, p.reason) for p in index.problems()] == [(k, "duplicate_key") for k in "abab"]
+    assert "tar --sort=name" in index.problems()[0].detail
+
+
+def test_large_members_are_measured_without_being_read_whole(tmp_path, tokenizer, monkeypatch):
+    samples = [
+        {"__key__": "a", "png": encode_image(random_pixels(0, 200, 300), "PNG")},
+        {"__key__": "b", "flac": encode_audio(np.random.default_rng(0).uniform(-1, 1, 90_000), 8000, "FLAC")},
+        {"__key__": "c", "webp": encode_image(random_pixels(0, 200, 300), "WEBP", lossless=True)},
+        {"__key__": "d", "mp3": encode_audio(np.sin(np.arange(80_000) / 9), 16000, "MP3")},
+        {"__key__": "e", "ogg": encode_audio(np.sin(np.arange(80_000) / 9), 16000, "OGG")},
+    ]
+    monkeypatch.setattr("mmctx.datasets.measure._SMALL", 4096)
+    index = index_shard(write_shard(tmp_path / "x.tar", samples), tokenizer, ("txt",))
+    assert index.problems() == []
+    rows = [(0, 300, 200), (1, 90_000, 8000), (0, 300, 200), (1, 80_000, 16000), (1, 80_000, 16000)]
+    assert index.media.tolist() == rows
+
+
+def test_no_samples_and_no_media(tmp_path, tokenizer):
+    empty = index_shard(write_shard(tmp_path / "empty.tar", []), tokenizer, ("txt",))
+    assert (empty.num_samples, len(empty.samples), len(empty.media), len(empty.keys)) == (0, 0, 0, 0)
+    text = index_shard(write_shard(tmp_path / "text.tar", [{"__key__": "a", "txt": b"t"}]), tokenizer, ("txt",))
+    source = Source("s", [empty, text, empty], ("txt",))
+    assert source.sizes(np.array([0]), area, first).image_tokens.tolist() == [0]
+    with pytest.raises(DataError, match=r"its 1 shards hold no samples; check data\.sources\.s\.shards"):
+        Source("s", [empty], ("txt",))
+
+
+def count_builds(monkeypatch) -> list[str]:
+    """Records which part of an index is rebuilt."""
+    calls: list[str] = []
+    for name in ("measure_shard", "count_tokens"):
+        original = getattr(sidecar, name)
+        monkeypatch.setattr(sidecar, name, lambda *a, o=original, n=name: (calls.append(n), o(*a))[1])
+    return calls
+
+
+def test_rebuilt_only_when_stale(shard, tokenizer, monkeypatch):
+    calls = count_builds(monkeypatch)
+    index_shard(shard, tokenizer, ("txt",))
+    index_shard(shard, tokenizer, ("txt",))
+    assert calls == ["measure_shard", "count_tokens"]
+    os.utime(shard)  # another mtime, the same content
+    index_shard(shard, tokenizer, ("txt",))
+    assert calls == ["measure_shard", "count_tokens"]
+    monkeypatch.setattr(sidecar, "content_hash", lambda *a: pytest.fail("the new mtime was not recorded"))
+    index_shard(shard, tokenizer, ("txt",))
+
+
+def test_changed_content_is_indexed_again(shard, tokenizer):
+    before = index_shard(shard, tokenizer, ("txt",))
+    assert len(before.keys) == 6  # mapped now: the new index must not be taken for the old one
+    size = shard.stat().st_size
+    write_shard(shard, make_triples(4, seed=5))
+    os.truncate(shard, size)  # zeros: the end of an archive
+    after = index_shard(shard, tokenizer, ("txt",))
+    assert [k.decode() for k in after.keys] == [f"dir/005-{n:05d}" for n in range(4)]
+
+
+def test_tokens_alone_are_rebuilt(shard, tokenizer, other_tokenizer, monkeypatch):
+    first_index = index_shard(shard, tokenizer, ("txt",))
+    calls = count_builds(monkeypatch)
+    other = index_shard(shard, other_tokenizer, ("txt",))
+    more = index_shard(shard, tokenizer, TEXTS)
+    assert calls == ["count_tokens"] * 2
+    assert other.tokens is not None
+    assert first_index.tokens is not None
+    assert other.tokens[0, 0] == len(b"caption number 0") > first_index.tokens[0, 0]
+    assert more.tokens is not None
+    assert more.tokens.shape == (6, 3)
+
+
+def test_force_and_leftovers(shard, tokenizer, monkeypatch):
+    index_shard(shard, tokenizer, ("txt",))
+    calls = count_builds(monkeypatch)
+    index_shard(shard, tokenizer, ("txt",), force=True)
+    assert calls == ["measure_shard", "count_tokens"]
+    assert sorted(p.name for p in shard.parent.iterdir()) == [shard.name, index_folder(shard).name]
+    assert len(list(index_folder(shard).iterdir())) == 6
+    assert not any(p.name.startswith(".") for p in index_folder(shard).iterdir())
+
+
+def test_errors_name_the_remedy(tmp_path, shard, tokenizer):
+    with pytest.raises(DataError, match="no such shard"):
+        index_shard(tmp_path / "none.tar", tokenizer, ("txt",))
+    with pytest.raises(ConfigError, match=r"'json:dotted\.path', found 'text:x'"):
+        index_shard(shard, tokenizer, ("text:x",))
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(shard.read_bytes()[:3000])
+    gone = tmp_path / "gone.tar"
+    with pytest.raises(DataError, match=r"cut\.tar: offset .*(\n.*){1}gone\.tar: no such shard"):
+        index_shards([shard, cut, gone], tokenizer, ("txt",))
+    blocked = shutil.copy(shard, tmp_path / "blocked.tar")
+    index_folder(blocked).write_text("a file where the folder should be")
+    with pytest.raises(DataError, match=r"blocked\.tar\.index: cannot be written .*copy them there"):
+        index_shard(blocked, tokenizer, ("txt",))
+
+
+def test_a_pool_makes_the_same_indexes(tmp_path, tokenizer):
+    shards = [write_shard(tmp_path / f"x-{n}.tar", make_triples(2 + n, seed=n)) for n in range(3)]
+    done: list[tuple[int, int]] = []
+    indexes = index_shards(shards, tokenizer, TEXTS, num_workers=2, progress=lambda *counts: done.append(counts))
+    assert done == [(1, 3), (2, 3), (3, 3)]
+    assert [index.path for index in indexes] == shards
+    for index in indexes:
+        alone = index_shard(shutil.copy(index.path, tmp_path / "alone.tar"), tokenizer, TEXTS, force=True)
+        for name in ("samples", "media", "keys", "tokens"):
+            np.testing.assert_array_equal(getattr(index, name), getattr(alone, name))
+
+
+def _index_often(shard: Path, folder: Path, start, times: int) -> None:
+    tokenizer = TextTokenizer(folder)
+    start.wait()
+    for _ in range(times):
+        index = index_shard(shard, tokenizer, TEXTS, force=True)
+        assert index.num_samples == 6
+
+
+def test_two_processes_at_once_leave_a_whole_index(shard, tmp_path):
+    folder = train_tokenizer(tmp_path / "tokenizer", 300)
+    context = multiprocessing.get_context("fork")
+    start = context.Barrier(2)
+    processes = [context.Process(target=_index_often, args=(shard, folder, start, 20)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    index = index_shard(shard, TextTokenizer(folder), TEXTS)
+    assert len(index.samples) == len(index.keys) == 6
+    assert not [p for p in shard.parent.iterdir() if p.name.startswith(".")]
+
+
+def test_workers_need_no_torch():
+    code = "import sys, mmctx.datasets.index; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_expand_shards(tmp_path):
+    for name in ("x-0008.tar", "x-0009.tar", "x-0010.tar", "y.tar"):
+        (tmp_path / name).touch()
+    (tmp_path / "x-0008.tar.index").mkdir()
+
+    def names(pattern: str) -> list[str]:
+        return [path.name for path in expand_shards(f"{tmp_path}/{pattern}")]
+
+    assert names("x-{0008..0010}.tar") == names("x-*.tar") == ["x-0008.tar", "x-0009.tar", "x-0010.tar"]
+    assert names("{y,x-0008}.tar") == ["y.tar", "x-0008.tar"]
+    assert names("{*,y}.tar")[-1] == "y.tar"
+    assert len(names("{*,y}.tar")) == 4
+    assert names("y.tar") == ["y.tar"]
+    with pytest.raises(DataError, match=r"z-\*\.tar: matches no file; folder .* holds 5 entries, 4 of them \.tar"):
+        names("z-*.tar")
+    with pytest.raises(DataError, match=r"2 of 4 names match no file, first .*x-0011\.tar"):
+        names("x-{0009..0012}.tar")
+    with pytest.raises(DataError, match="does not exist"):
+        names("none/x.tar")
+    with pytest.raises(DataError, match="copy them"):
+        expand_shards("s3://bucket/x.tar")
+
+
+def test_source_over_many_shards(tmp_path, tokenizer):
+    shards = [write_shard(tmp_path / f"x-{n}.tar", make_triples(3 + n, seed=n)) for n in range(3)]
+    source = Source("s", index_shards(shards, tokenizer, TEXTS), TEXTS)
+    assert source.num_samples == 12
+    ids = np.random.default_rng(0).permutation(12)
+    sizes = source.sizes(ids, area, first)
+    every = source.sizes(np.arange(12), area, first)
+    for name in ("text_tokens", "image_tokens", "audio_tokens", "interleaved"):
+        np.testing.assert_array_equal(getattr(sizes, name), getattr(every, name)[ids])
+    locals_ = np.array([n for count in (3, 4, 5) for n in range(count)])
+    assert every.image_tokens.tolist() == (12 * (8 + locals_)).tolist()
+    assert every.audio_tokens.tolist() == (100 + locals_).tolist()
+    expected = [s for shard in shards for s in webdataset.WebDataset(str(shard), shardshuffle=False)]
+    for number in ids:
+        raw = source.read(int(number))
+        other = expected[number]
+        assert source.locate(int(number)) == (Path(raw.shard), raw.key)
+        assert (raw.key, raw.shard) == (other["__key__"], other["__url__"])
+        assert raw.members == {k: v for k, v in other.items() if not k.startswith("__")}
+    for wrong in (-1, 12):
+        with pytest.raises(IndexError, match=r"0\.\.11"):
+            source.read(wrong)
+        with pytest.raises(IndexError, match=r"0\.\.11"):
+            source.flags(np.array([wrong]))
+
+
+def test_source_can_be_pickled_after_reading(shard, tokenizer):
+    source = Source("s", [index_shard(shard, tokenizer, ("txt",))], ("txt",))
+    raw = source.read(3)
+    copy = pickle.loads(pickle.dumps(source))
+    assert copy.read(3).members == raw.members
+    assert len(pickle.dumps(source)) < 2000
+
+
+def test_open_files_are_bounded(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("mmctx.datasets.source._OPEN_FILES", 2)
+    shards = [write_shard(tmp_path / f"x-{n}.tar", make_triples(1, seed=n)) for n in range(4)]
+    source = Source("s", index_shards(shards, tokenizer, ("txt",)), ("txt",))
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(2):
+        assert [source.read(n).key for n in range(4)] == [f"dir/00{n}-00000" for n in range(4)]
+    assert len(os.listdir("/proc/self/fd")) <= before + 2 + 2 * 4  # and two mapped arrays of each shard
+
+
+def test_a_shard_that_changed_under_the_index(shard, tokenizer):
+    source = Source("s", [index_shard(shard, tokenizer, ("txt",))], ("txt",))
+    whole = shard.read_bytes()
+    write_shard(shard, make_triples(6, seed=7))
+    with pytest.raises(DataError, match=r"expected members of 'dir/000-00000', found .*mmctx data index --force"):
+        source.read(0)
+    shard.write_bytes(whole[:9000])
+    with pytest.raises(DataError, match=r"should have \d+ bytes, found \d+; .*mmctx data index --force"):
+        source.read(5)
+    shard.unlink()
+    with pytest.raises(DataError, match="cannot be opened"):
+        pickle.loads(pickle.dumps(source)).read(0)
+
+
+def test_sizes_need_a_tokenizer(shard):
+    source = Source("s", [index_shard(shard, None, ("txt",))], ("txt",))
+    assert source.flags(np.arange(6)).tolist() == [0] * 6
+    with pytest.raises(DataError, match="indexed without a tokenizer"):
+        source.sizes(np.arange(6), area, first)
+
+
+def test_codes_of_reasons_never_move():
+    assert REASONS[:5] == ("ok", "undecodable_image", "undecodable_audio", "missing_member", "bad_json")
