@@ -38,7 +38,7 @@ class DataConfig(StrictModel):
     context_length: int = Field(2048, ge=1)
     """Longest document in tokens; longer ones are left out and listed in `skips.jsonl`."""
     bin_tokens: int = Field(8192, ge=1)
-    """Tokens of one packed batch: what one rank takes in one micro-batch."""
+    """Tokens of one packed batch, what one rank takes in one micro-batch; single ones may hold up to about a tenth more."""
     bins_per_step: int = Field(1, ge=1)
     """Packed batches of one global step, shared out among the ranks; must be a multiple of their number."""
     window_steps: int = Field(16, ge=1)

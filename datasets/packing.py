@@ -40,23 +40,27 @@ def best_fit(sizes: Sequence[int], capacity: int, num_bins: int | None = None) -
     return bins
 
 
-def even_fit(sizes: Sequence[int], num_bins: int, limit: int) -> np.ndarray | None:
-    """Packs items into exactly `num_bins` bins that are as even as best fit can make them.
+def even_fit(sizes: Sequence[int], num_bins: int) -> tuple[np.ndarray, int]:
+    """Packs items into at most `num_bins` bins that are as even as best fit can make them.
 
     The capacity starts at the even share and grows by one percent until best fit succeeds: MULTIFIT (Coffman, Garey, Johnson 1978) searched
-    from below. Returns None if even `limit` is too small.
+    from below. Returns the bin of each item (n,) and the capacity it took.
     """
     capacity = max(int(np.max(sizes)), -(-int(np.sum(sizes)) // num_bins))
-    while capacity <= limit:
-        bins = best_fit(sizes, capacity, num_bins)
-        if bins is not None:
-            return bins
-        capacity = max(capacity + 1, min(int(capacity * 1.01), limit))
-    return None
+    while (bins := best_fit(sizes, capacity, num_bins)) is None:
+        capacity = max(capacity + 1, int(capacity * 1.01))
+    return bins, capacity
 
 
 def deal(costs: np.ndarray, num_hands: int) -> np.ndarray:
-    """Deals items to `num_hands` equal hands so that costs are even: sorted, then back and forth. (hands, items a hand)."""
-    order = np.argsort(-costs, kind="stable").reshape(-1, num_hands)
-    order[1::2] = order[1::2, ::-1]
-    return order.T
+    """Deals items to hands of equal size so that costs are even: (hands, items a hand) int64 item numbers.
+
+    Round by round, dearest items first, the lightest hand takes the dearest of the round.
+    """
+    rounds = np.argsort(-costs, kind="stable").reshape(-1, num_hands)
+    hands, loads = np.empty((num_hands, len(rounds)), dtype=np.int64), np.zeros(num_hands)
+    for number, items in enumerate(rounds):
+        lightest = np.argsort(loads, kind="stable")
+        hands[lightest, number] = items
+        loads[lightest] += costs[items]
+    return hands

@@ -18,8 +18,12 @@ from mmctx.datasets.order import BlockOrder, Mixture, derive_key
 from mmctx.datasets.packing import best_fit, deal, even_fit
 from mmctx.errors import DataError
 
-BIN_SLACK = 1.1
-"""A window that draws more tokens than usual may fill its bins beyond `bin_tokens` by this factor; without padding that costs nothing."""
+FILL = 0.985
+"""Share of `bin_tokens` that bins are filled to on average."""
+
+SLACK = 1.1
+"""A window that draws more tokens than usual fills its bins beyond `bin_tokens`, hardly ever by more than this factor. Without padding
+that costs nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +65,7 @@ class Plan:
         seed: the run's seed.
 
     Raises:
-        DataError: a source has no usable sample, or the samples cannot be packed into the bins.
+        DataError: a source has no usable sample.
     """
 
     def __init__(self, config: DataConfig, tables: Mapping[str, SampleTable], seed: int) -> None:
@@ -118,27 +122,27 @@ class Plan:
     def _fit_window(self) -> int:
         """Samples a window takes, always the same number, so that step -> samples stays in closed form.
 
-        As many as fill the window's bins when it draws three standard deviations more tokens than the average; fewer if trial windows
-        show that the lengths do not pack that tightly.
+        As many as fill the bins on average, fewer if drawing three standard deviations more tokens would go beyond the slack, or if trial
+        windows show that the lengths do not pack that tightly.
         """
         budget = self.bins_per_window * self.config.bin_tokens
         shares = self._mixture.counts if self._starts is None else np.array([len(table.ids) for table in self.tables])
         shares = shares / shares.sum()
         mean = float(sum(s * t.tokens.mean() for s, t in zip(shares, self.tables, strict=True)))
         square = float(sum(s * (t.tokens.astype(float) ** 2).mean() for s, t in zip(shares, self.tables, strict=True)))
-        deviation = max(square - mean**2, 0.0) ** 0.5
-        root = (-3 * deviation + (9 * deviation**2 + 4 * mean * budget) ** 0.5) / (
-            2 * mean
-        )  # of count: mean x + 3 dev sqrt(x) = budget
+        spread = 3 * max(square - mean**2, 0.0) ** 0.5
+        # the largest count with mean * count + spread * sqrt(count) <= SLACK * budget
+        root = ((spread**2 + 4 * mean * SLACK * budget) ** 0.5 - spread) / (2 * mean)
         least = self.bins_per_window  # one sample a bin always fits
-        count = max(int(root**2), least)
-        while count > least and not all(self._packs(window, count) for window in range(3)):
+        count = max(int(min(root**2, FILL * budget / mean)), least)
+        while count > least and any(self._trial(window, count) > SLACK * self.config.bin_tokens for window in range(3)):
             count = max(least, min(count - 1, int(count * 0.98)))
         return count
 
-    def _packs(self, window: int, count: int) -> bool:
+    def _trial(self, window: int, count: int) -> int:
+        """Tokens that the bins of a window of `count` samples must hold."""
         group, row, _ = self.draw(np.arange(window * count, (window + 1) * count))
-        return even_fit(self._gather("tokens", group, row), self.bins_per_window, self.config.bin_tokens) is not None
+        return even_fit(self._gather("tokens", group, row), self.bins_per_window)[1]
 
     def _gather(self, column: str, group: np.ndarray, row: np.ndarray) -> np.ndarray:
         out = np.empty(len(row), dtype=getattr(self.tables[0], column).dtype)
@@ -151,13 +155,7 @@ class Plan:
         count = self.samples_per_window
         group, row, epoch = self.draw(np.arange(window * count, (window + 1) * count))
         tokens, costs, ids = (self._gather(column, group, row) for column in ("tokens", "costs", "ids"))
-        limit = int(self.config.bin_tokens * BIN_SLACK)
-        places = even_fit(tokens, self.bins_per_window, limit)
-        if places is None:
-            raise DataError(
-                f"steps {window * self.config.window_steps}..: {int(tokens.sum())} tokens do not pack into {self.bins_per_window} bins of "
-                f"{limit} tokens; raise data.window_steps or data.bin_tokens"
-            )
+        places, _ = even_fit(tokens, self.bins_per_window)
         bins = _make_bins(places, self.bins_per_window, group, ids, epoch, tokens, costs)
         hands = deal(np.array([b.cost for b in bins]), self.config.window_steps)
         shuffled = np.random.default_rng(derive_key(self.seed, "steps", window)).permutation(len(hands))

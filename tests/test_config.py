@@ -23,7 +23,9 @@ def file(tree: dict[str, Any], tmp_path: Path) -> Path:
 
 def test_overrides_reach_nested_keys_and_lists(file: Path) -> None:
     config = load_config(
-        RunConfig, file, ["train.steps=7", "data.sources.triples.texts.1=txt", "objectives.similarity.pairs=[[image, text0]]"]
+        RunConfig,
+        file,
+        ["train.steps=7", "data.sources.triples.texts.1=txt", "objectives.similarity.pairs=[[image, text0]]"],
     )
     assert config.train.steps == 7
     assert config.data.sources["triples"].texts == ("txt", "txt")

@@ -97,4 +97,6 @@ def compare(ours: dict[str, torch.Tensor | None], theirs: dict[str, torch.Tensor
             assert gradient is None or not gradient.any(), name
             assert other is None or not other.any(), name
         else:
-            torch.testing.assert_close(gradient, other, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                gradient, other, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
+            )

@@ -126,7 +126,14 @@ def tiny_tree(corpus: Path, runs: Path) -> dict[str, Any]:
             },
         },
         "model": {
-            "transformer": {"width": 32, "depth": 2, "num_heads": 4, "num_kv_heads": 2, "mlp_width": 48, "dropout": 0.1},
+            "transformer": {
+                "width": 32,
+                "depth": 2,
+                "num_heads": 4,
+                "num_kv_heads": 2,
+                "mlp_width": 48,
+                "dropout": 0.1,
+            },
             "image": {
                 "name": "vit_tiny_patch16_224",
                 "image_size": 32,

@@ -33,7 +33,7 @@ _PROCESS_CURVES = {
     "lr": "learning rate",
     "grad_norm": "gradient norm",
     "tokens_per_s": "tokens per second",
-    "data_wait": "share of time spent waiting for data",
+    "data_wait": "waiting for data, share of time",
 }
 
 
@@ -167,14 +167,14 @@ def _curve(
     finite = [value for _, value in points if math.isfinite(value)]
     if not finite:
         return None
-    chart = line_chart(label, [step for step, _ in points], [value for _, value in points], reference)
+    steps, values = [step for step, _ in points], [value for _, value in points]
     end = finite[-_LAST_LINES:]
     return {
         "label": label,
         "last": sum(end) / len(end),
         "reference": reference,
         "not_finite": len(points) - len(finite),
-        "svg": chart,
+        "svg": line_chart(label, steps, values, reference, smooth=column != "lr"),  # a schedule has corners, no noise
     }
 
 

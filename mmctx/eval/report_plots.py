@@ -10,8 +10,8 @@ from html import escape
 import numpy as np
 from PIL import Image
 
-_WIDTH, _HEIGHT = 360, 190
-_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 8, 10, 22
+_WIDTH, _HEIGHT = 280, 165
+_LEFT, _RIGHT, _TOP, _BOTTOM = 40, 6, 8, 22
 _MAX_POINTS = 400
 
 # Anchors of the colour map "magma" (Smith and van der Walt, CC0), dark to bright.
@@ -20,8 +20,15 @@ _MAGMA = np.array(
 )
 
 
-def line_chart(label: str, steps: Sequence[float], values: Sequence[float], reference: float | None = None) -> str:
-    """Values over steps as SVG: the raw line faint, its moving average strong, `reference` as a dashed line.
+def line_chart(
+    label: str,
+    steps: Sequence[float],
+    values: Sequence[float],
+    reference: float | None = None,
+    *,
+    smooth: bool = True,
+) -> str:
+    """Values over steps as SVG, with `reference` as a dashed line; `smooth` draws them faintly and their moving average strongly.
 
     Values that are not finite are left out; longer series are averaged down to 400 points. The page's style sheet colours the classes.
     """
@@ -48,10 +55,11 @@ def line_chart(label: str, steps: Sequence[float], values: Sequence[float], refe
         # a label centred on the last tick would stick out of the picture
         anchor = "end" if at_x(tick) > _WIDTH - 20 else "middle"
         parts.append(f'<text x="{at_x(tick):.1f}" y="{_HEIGHT - 6}" text-anchor="{anchor}">{short_number(tick)}</text>')
-    smooth = moving_average(y, max(1, len(y) // 20))
-    if len(y) >= 20:
+    window = len(y) // 20 if smooth else 0
+    if window > 1:
         parts.append(f'<polyline class="raw" points="{_points(at_x(x), at_y(y))}"/>')
-    parts.append(f'<polyline class="line" points="{_points(at_x(x), at_y(smooth))}"/>')
+        y = moving_average(y, window)
+    parts.append(f'<polyline class="line" points="{_points(at_x(x), at_y(y))}"/>')
     if reference is not None and math.isfinite(reference):
         top = at_y(reference)
         parts.append(f'<line class="reference" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{top:.1f}" y2="{top:.1f}"/>')
@@ -80,14 +88,17 @@ def nice_ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def short_number(value: float) -> str:
-    """A number of about three digits: 0.0015, 1.25, 480, 12k, 3.4M."""
+    """A number of about three digits: 1.5e-3, 0.25, 480, 12k, 3.4M."""
     if value == 0:
         return "0"
     size = abs(value)
     for power, unit in ((9, "G"), (6, "M"), (3, "k")):
         if size >= 10**power:
             return f"{value / 10**power:.3g}{unit}"
-    return f"{value:.1e}".replace("e-0", "e-") if size < 1e-3 else f"{value:.3g}"
+    if size >= 0.01:
+        return f"{value:.3g}"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def moving_average(values: np.ndarray, window: int) -> np.ndarray:

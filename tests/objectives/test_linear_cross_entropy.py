@@ -20,7 +20,9 @@ def problem(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
 
 @pytest.mark.parametrize("chunk_size", [1, 8, 37, 100])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+)
 def test_equals_cross_entropy(dtype: torch.dtype, tolerance: float, chunk_size: int) -> None:
     hidden, weight, labels = problem(dtype)
     got = linear_cross_entropy(hidden, weight, labels, chunk_size)
