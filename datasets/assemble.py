@@ -86,8 +86,8 @@ def build_data(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers are the parallelism
     tokenizer = TextTokenizer(data.tokenizer)
     opened = []
-    for name, config in sources.items():
-        shards = index_shards(expand_shards(config.shards), tokenizer, config.texts, num_workers=1, progress=progress)
+    for name, config in sorted(sources.items()):  # by name: the order of keys in a YAML file means nothing
+        shards = index_shards(expand_shards(config.shards), tokenizer, config.texts, progress=progress)
         opened.append((Source(name, shards, config.texts), config))
     dataset = PackedDataset(
         opened, build_preprocessors(model), build_data_halves(objectives, tokenizer), tokenizer, seed

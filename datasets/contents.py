@@ -7,6 +7,7 @@ index workers start fast.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
@@ -33,6 +34,9 @@ REASONS = (
     "duplicate_key",  # members of one sample do not stand next to each other
 )
 """Why a sample cannot be used. The position in this list is the code in an index: append only."""
+
+
+_NOISE = re.compile(r"^\S+, \S+\.cpp:\d+, | <_io\.\w+[^>]*>")
 
 
 class Problem(NamedTuple):
@@ -198,7 +202,7 @@ def image_size(file: BinaryIO) -> tuple[int, int]:
         with Image.open(file, formats=IMAGE_FORMATS) as image:
             return image.size
     except Exception as error:  # Pillow raises many types on damaged bytes
-        raise SampleError("undecodable_image", str(error)) from None
+        raise SampleError("undecodable_image", complaint(error)) from None
 
 
 def audio_size(file: BinaryIO) -> tuple[int, int]:
@@ -211,7 +215,13 @@ def audio_size(file: BinaryIO) -> tuple[int, int]:
         with soundfile.SoundFile(file) as clip:
             num_samples, rate = clip.frames, clip.samplerate
     except Exception as error:  # libsndfile and its Python side raise many types on damaged bytes
-        raise SampleError("undecodable_audio", str(error)) from None
+        raise SampleError("undecodable_audio", complaint(error)) from None
     if num_samples < 1:
         raise SampleError("empty", "the clip has 0 samples")
     return num_samples, rate
+
+
+def complaint(error: Exception) -> str:
+    """What a decoder says is wrong, without the addresses and source lines that differ from run to run."""
+    text = getattr(error, "error_string", "") or str(error) or type(error).__name__
+    return _NOISE.sub("", text)

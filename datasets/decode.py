@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.io import decode_jpeg, decode_png
 
-from mmctx.datasets.contents import IMAGE_FORMATS, Segment, media_of, parse_json, parse_segments, read_text
+from mmctx.datasets.contents import IMAGE_FORMATS, Segment, complaint, media_of, parse_json, parse_segments, read_text
 from mmctx.datasets.source import RawSample
 from mmctx.errors import SampleError
 from mmctx.pack import MediaItem
@@ -101,7 +101,7 @@ def decode_image(data: bytes) -> Tensor:
             else:
                 pixels = _pillow_pixels(image)
     except Exception as error:  # Pillow and torchvision raise many types on damaged bytes
-        raise SampleError("undecodable_image", str(error)) from None
+        raise SampleError("undecodable_image", complaint(error)) from None
     if pixels.dtype == torch.uint16:
         pixels = (pixels.int() >> 8).byte()
     if pixels.shape[0] == 1:
@@ -135,7 +135,7 @@ def decode_audio(data: bytes) -> tuple[Tensor, int]:
             expected, rate = clip.frames, clip.samplerate
             values = clip.read(dtype="float32", always_2d=True)
     except Exception as error:  # libsndfile and its Python side raise many types on damaged bytes
-        raise SampleError("undecodable_audio", str(error)) from None
+        raise SampleError("undecodable_audio", complaint(error)) from None
     if len(values) != expected:
         raise SampleError("undecodable_audio", f"the header promises {expected} samples, found {len(values)}")
     if not expected:

@@ -33,7 +33,7 @@ _PROCESS_CURVES = {
     "lr": "learning rate",
     "grad_norm": "gradient norm",
     "tokens_per_s": "tokens per second",
-    "data_wait": "waiting for data, share of time",
+    "data_wait": "share of time waiting",
 }
 
 
@@ -88,6 +88,8 @@ def write_report(
         manifest=_manifest(run_dir),
         retrieval=_retrieval_table(results.get("retrieval", {})),
         captions=_caption_table(results.get("caption", {})),
+        masked_lm=results.get("masked_lm"),
+        loss=results.get("loss"),
         other={name: part for name, part in results.items() if isinstance(part, dict) and name not in _KNOWN_SUITES},
         losses=_loss_curves(run_dir, results.get("loss", {})),
         process=_process_curves(run_dir),

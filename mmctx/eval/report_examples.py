@@ -93,7 +93,7 @@ def _load(entry: Mapping[str, Any], data: RunData) -> Example:
     reference, prediction = mark_differences(entry["reference"], entry["prediction"])
     exact = _plain(entry["reference"]) == _plain(entry["prediction"])
     try:
-        media = dict(_media(entry["kind"], source, sample_id, data))
+        media: dict[str, Any] = dict(_media(entry["kind"], source, sample_id, data))
     except MmctxError as error:
         media = {"problem": str(error)}
     return Example(

@@ -37,8 +37,11 @@ def build_data_halves(configs: Mapping[str, AnyObjective], tokenizer: TextTokeni
 
 
 def build_model_halves(configs: Mapping[str, AnyObjective], width: int) -> nn.ModuleDict:
-    """The model half of each named objective, with its own parameters where it has some."""
-    return nn.ModuleDict({name: KINDS[config.kind].model(name, config, width) for name, config in configs.items()})
+    """The model half of each named objective, with its own parameters where it has some.
+
+    Built by name, so that the order of keys in a YAML file does not change which weights are drawn.
+    """
+    return nn.ModuleDict({name: KINDS[config.kind].model(name, config, width) for name, config in sorted(configs.items())})
 
 
 __all__ = [

@@ -85,6 +85,17 @@ def write_shard(path: Path, samples: list[dict[str, Any]]) -> Path:
     return path
 
 
+def area(width: np.ndarray, height: np.ndarray) -> np.ndarray:
+    """Counts a token for each pixel of a picture."""
+    return width * height
+
+
+def clip_length(num_samples: np.ndarray, rate: np.ndarray) -> np.ndarray:
+    """Counts a token for each sample of a clip."""
+    assert (rate > 0).all()
+    return num_samples
+
+
 def train_tokenizer(folder: Path, vocab_size: int) -> Path:
     """A byte-level BPE in the layout that Transformers loads."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -81,7 +81,7 @@ def test_a_cut_picture_is_an_error(format, mode, share):
 
 
 def test_pixel_limit_and_garbage(monkeypatch):
-    with pytest.raises(SampleError, match="undecodable_image"):
+    with pytest.raises(SampleError, match=r"undecodable_image: cannot identify image file$"):
         decode_image(b"no picture")
     monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 100)
     with pytest.raises(SampleError, match=r"undecodable_image: .*exceeds limit"):
@@ -109,7 +109,10 @@ def test_bad_sound():
     flac = encode_audio(values, 16000, "FLAC")
     with pytest.raises(SampleError, match="undecodable_audio"):
         decode_audio(flac[: len(flac) // 2])
-    with pytest.raises(SampleError, match="undecodable_audio"):
+    mp3 = encode_audio(np.sin(np.arange(80_000) / 9), 16000, "MP3")
+    with pytest.raises(SampleError, match=r"undecodable_audio: the header promises 80000 samples, found \d+"):
+        decode_audio(mp3[: len(mp3) // 2])
+    with pytest.raises(SampleError, match=r"undecodable_audio: Format not recognised\."):
         decode_audio(b"no sound")
     with pytest.raises(SampleError, match="empty"):
         decode_audio(encode_audio(values[:0], 16000, "WAV"))

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import webdataset
 from make_shards import (
+    area,
+    clip_length,
     encode_audio,
     encode_image,
-    make_document,
     make_triples,
     random_pixels,
     train_tokenizer,
@@ -27,8 +28,10 @@ from make_shards import (
 from mmctx.datasets import sidecar
 from mmctx.datasets.contents import REASONS
 from mmctx.datasets.index import expand_shards, index_shard, index_shards
+from mmctx.datasets.measure import MemberReader
 from mmctx.datasets.sidecar import index_folder
 from mmctx.datasets.source import Source
+from mmctx.datasets.tar import scan_tar
 from mmctx.datasets.tokens import TokenCounter
 from mmctx.errors import ConfigError, DataError
 from mmctx.tokenizer import TextTokenizer
@@ -39,15 +42,6 @@ TEXTS = ("txt", "json:names.zh", "json:names.fr")
 @pytest.fixture
 def shard(tmp_path) -> Path:
     return write_shard(tmp_path / "x-0000.tar", make_triples(6))
-
-
-def area(width: np.ndarray, height: np.ndarray) -> np.ndarray:
-    return width * height
-
-
-def first(num_samples: np.ndarray, rate: np.ndarray) -> np.ndarray:
-    assert (rate > 0).all()
-    return num_samples
 
 
 def test_measures(shard, tokenizer):
@@ -67,17 +61,6 @@ def test_counter_counts_as_the_tokenizer_does(tokenizer):
     texts = ["a caption", "名字 \n", "<|image|> <|endoftext|>", ""]
     counter = pickle.loads(pickle.dumps(TokenCounter.of(tokenizer)))
     assert counter.count(texts) == tokenizer.count(texts)
-
-
-def test_interleaved_document(tmp_path, tokenizer):
-    shard = write_shard(tmp_path / "x.tar", [*make_triples(2), make_document()])
-    source = Source("s", [index_shard(shard, tokenizer, ("txt", "json:names.en"))], ("txt", "json:names.en"))
-    sizes = source.sizes(np.array([2, 0]), area, first)
-    texts = ("first a picture ", "then a sound ", "the end")
-    assert sizes.interleaved.tolist() == [True, False]
-    assert sizes.text_tokens[0].tolist() == [sum(len(tokenizer.encode(t)) for t in texts), -1]
-    assert sizes.image_tokens.tolist() == [20 * 10 + 40 * 30, 12 * 8]
-    assert sizes.audio_tokens.tolist() == [160, 100]
 
 
 def as_json(content: object) -> bytes:
@@ -105,7 +88,7 @@ def test_a_defect_is_flagged_by_its_reason(tmp_path, tokenizer, reason):
     assert [source.flag_reason(f) for f in flags] == ["ok", reason, "ok"]
     assert [(p.key, p.reason) for p in index.problems()] == [("defect", reason)]
     assert source.usable_ids().tolist() == [0, 2]
-    assert source.sizes(np.arange(3), area, first).text_tokens[1, 0] <= 1
+    assert source.sizes(np.arange(3), area, clip_length).text_tokens.min() >= -1
 
 
 @pytest.mark.parametrize(
@@ -164,12 +147,29 @@ def test_large_members_are_measured_without_being_read_whole(tmp_path, tokenizer
     assert index.media.tolist() == rows
 
 
+def test_a_bad_text_leaves_no_counts(tmp_path, tokenizer):
+    samples = [{"__key__": "a", "txt": b"a good text", "json": as_json({"names": ""})}]
+    index = index_shard(write_shard(tmp_path / "x.tar", samples), tokenizer, ("txt", "json:names"))
+    assert index.tokens is not None
+    assert index.tokens.tolist() == [[-1 - REASONS.index("empty"), -1]]
+
+
+def test_a_member_opened_as_a_file_ends_where_it_ends(tmp_path):
+    shard = write_shard(tmp_path / "x.tar", [{"__key__": "a", "bin": bytes(range(250)) * 200, "txt": b"after"}])
+    member = next(scan_tar(shard))
+    with shard.open("rb") as whole:
+        file = MemberReader(whole.fileno(), str(shard)).open(member)
+        assert file.read() == bytes(range(250)) * 200
+        assert file.seek(-3, os.SEEK_END) == 49_997
+        assert file.read(99) == bytes([247, 248, 249])
+
+
 def test_no_samples_and_no_media(tmp_path, tokenizer):
     empty = index_shard(write_shard(tmp_path / "empty.tar", []), tokenizer, ("txt",))
     assert (empty.num_samples, len(empty.samples), len(empty.media), len(empty.keys)) == (0, 0, 0, 0)
     text = index_shard(write_shard(tmp_path / "text.tar", [{"__key__": "a", "txt": b"t"}]), tokenizer, ("txt",))
     source = Source("s", [empty, text, empty], ("txt",))
-    assert source.sizes(np.array([0]), area, first).image_tokens.tolist() == [0]
+    assert source.sizes(np.array([0]), area, clip_length).image_tokens.tolist() == [0]
     with pytest.raises(DataError, match=r"its 1 shards hold no samples; check data\.sources\.s\.shards"):
         Source("s", [empty], ("txt",))
 
@@ -256,6 +256,32 @@ def test_a_pool_makes_the_same_indexes(tmp_path, tokenizer):
             np.testing.assert_array_equal(getattr(index, name), getattr(alone, name))
 
 
+def test_an_index_that_another_process_put_there_meanwhile_is_kept(shard, tokenizer, monkeypatch):
+    measure, inodes = sidecar.measure_shard, []
+
+    def interrupted(*args):
+        monkeypatch.setattr(sidecar, "measure_shard", measure)
+        index_shard(shard, tokenizer, ("txt",))
+        inodes.append(index_folder(shard).stat().st_ino)
+        return measure(*args)
+
+    monkeypatch.setattr(sidecar, "measure_shard", interrupted)
+    index_shard(shard, tokenizer, ("txt",))
+    assert inodes == [index_folder(shard).stat().st_ino]
+    assert len(list(shard.parent.iterdir())) == 2
+
+
+def test_a_copy_that_may_not_be_written_stays_fresh(shard, tokenizer, monkeypatch):
+    index_shard(shard, tokenizer, ("txt",))
+    os.utime(shard)
+
+    def refuse(*args):
+        raise PermissionError
+
+    monkeypatch.setattr(sidecar, "_write_json", refuse)
+    assert index_shard(shard, tokenizer, ("txt",)).num_samples == 6
+
+
 def _index_often(shard: Path, folder: Path, start, times: int) -> None:
     tokenizer = TextTokenizer(folder)
     start.wait()
@@ -305,71 +331,6 @@ def test_expand_shards(tmp_path):
         names("none/x.tar")
     with pytest.raises(DataError, match="copy them"):
         expand_shards("s3://bucket/x.tar")
-
-
-def test_source_over_many_shards(tmp_path, tokenizer):
-    shards = [write_shard(tmp_path / f"x-{n}.tar", make_triples(3 + n, seed=n)) for n in range(3)]
-    source = Source("s", index_shards(shards, tokenizer, TEXTS), TEXTS)
-    assert source.num_samples == 12
-    ids = np.random.default_rng(0).permutation(12)
-    sizes = source.sizes(ids, area, first)
-    every = source.sizes(np.arange(12), area, first)
-    for name in ("text_tokens", "image_tokens", "audio_tokens", "interleaved"):
-        np.testing.assert_array_equal(getattr(sizes, name), getattr(every, name)[ids])
-    locals_ = np.array([n for count in (3, 4, 5) for n in range(count)])
-    assert every.image_tokens.tolist() == (12 * (8 + locals_)).tolist()
-    assert every.audio_tokens.tolist() == (100 + locals_).tolist()
-    expected = [s for shard in shards for s in webdataset.WebDataset(str(shard), shardshuffle=False)]
-    for number in ids:
-        raw = source.read(int(number))
-        other = expected[number]
-        assert source.locate(int(number)) == (Path(raw.shard), raw.key)
-        assert (raw.key, raw.shard) == (other["__key__"], other["__url__"])
-        assert raw.members == {k: v for k, v in other.items() if not k.startswith("__")}
-    for wrong in (-1, 12):
-        with pytest.raises(IndexError, match=r"0\.\.11"):
-            source.read(wrong)
-        with pytest.raises(IndexError, match=r"0\.\.11"):
-            source.flags(np.array([wrong]))
-
-
-def test_source_can_be_pickled_after_reading(shard, tokenizer):
-    source = Source("s", [index_shard(shard, tokenizer, ("txt",))], ("txt",))
-    raw = source.read(3)
-    copy = pickle.loads(pickle.dumps(source))
-    assert copy.read(3).members == raw.members
-    assert len(pickle.dumps(source)) < 2000
-
-
-def test_open_files_are_bounded(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("mmctx.datasets.source._OPEN_FILES", 2)
-    shards = [write_shard(tmp_path / f"x-{n}.tar", make_triples(1, seed=n)) for n in range(4)]
-    source = Source("s", index_shards(shards, tokenizer, ("txt",)), ("txt",))
-    before = len(os.listdir("/proc/self/fd"))
-    for _ in range(2):
-        assert [source.read(n).key for n in range(4)] == [f"dir/00{n}-00000" for n in range(4)]
-    assert len(os.listdir("/proc/self/fd")) <= before + 2 + 2 * 4  # and two mapped arrays of each shard
-
-
-def test_a_shard_that_changed_under_the_index(shard, tokenizer):
-    source = Source("s", [index_shard(shard, tokenizer, ("txt",))], ("txt",))
-    whole = shard.read_bytes()
-    write_shard(shard, make_triples(6, seed=7))
-    with pytest.raises(DataError, match=r"expected members of 'dir/000-00000', found .*mmctx data index --force"):
-        source.read(0)
-    shard.write_bytes(whole[:9000])
-    with pytest.raises(DataError, match=r"should have \d+ bytes, found \d+; .*mmctx data index --force"):
-        source.read(5)
-    shard.unlink()
-    with pytest.raises(DataError, match="cannot be opened"):
-        pickle.loads(pickle.dumps(source)).read(0)
-
-
-def test_sizes_need_a_tokenizer(shard):
-    source = Source("s", [index_shard(shard, None, ("txt",))], ("txt",))
-    assert source.flags(np.arange(6)).tolist() == [0] * 6
-    with pytest.raises(DataError, match="indexed without a tokenizer"):
-        source.sizes(np.arange(6), area, first)
 
 
 def test_codes_of_reasons_never_move():

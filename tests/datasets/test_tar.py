@@ -81,6 +81,34 @@ def test_sizes_in_base_256_and_pax(tmp_path):
     assert_like_tarfile(path)
 
 
+def test_the_prefix_field_of_old_gnu_archives_is_no_prefix(tmp_path):
+    block = bytearray(tarfile.TarInfo("a.txt").tobuf(tarfile.GNU_FORMAT))
+    block[345:357] = b"14712345670\0"  # the access time
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    (tmp_path / "x.tar").write_bytes(block)
+    assert [m.name for m in scan_tar(tmp_path / "x.tar")] == ["a.txt"]
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_the_range_of_a_sample_holds_its_long_name(tmp_path, format):
+    key = "k" * 200
+    path = write_tar(tmp_path / "x.tar", [("a.txt", b"1"), (f"{key}.jpg", b"2"), (f"{key}.txt", b"3")], format)
+    _, sample = group_samples(scan_tar(path))
+    data = path.read_bytes()[sample.start : sample.end]
+    assert parse_members(data, key=key) == {"jpg": b"2", "txt": b"3"}
+
+
+def test_a_pax_size_belongs_to_the_member_not_to_headers_between(tmp_path):
+    pax = tarfile.TarInfo("a.txt")
+    pax.pax_headers, pax.size = {"size": "3"}, 3
+    records, header = pax.tobuf(tarfile.PAX_FORMAT)[:-BLOCK], pax.tobuf(tarfile.PAX_FORMAT)[-BLOCK:]
+    link = tarfile.TarInfo._create_gnu_long_header("k" * 600, tarfile.GNUTYPE_LONGLINK, "utf-8", "strict")  # type: ignore[attr-defined]
+    path = tmp_path / "x.tar"
+    path.write_bytes(records + link + header + b"abc".ljust(BLOCK, b"\0"))
+    assert [(m.name, m.size) for m in scan_tar(path)] == [("a.txt", 3)]
+
+
 name_parts = st.text(st.characters(codec="utf-8", exclude_characters="/\0\n\r", exclude_categories=["Cs"]), min_size=1)
 
 

@@ -1,0 +1,190 @@
+"""The loop as a user meets it: resume, kill, signals, ledger, ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from mmctx.config import build_config
+from mmctx.errors import CheckpointError, SkipBudgetError
+from mmctx.train.checkpoint import list_checkpoints, load_model, resolve_checkpoint
+from mmctx.train.config import RunConfig
+from mmctx.train.loop import train
+from mmctx.train.records import read_lines
+
+pytestmark = pytest.mark.slow
+
+
+def build(tree: dict[str, Any], name: str, **train_keys: Any) -> RunConfig:
+    tree = json.loads(json.dumps(tree))
+    tree["run"]["name"] = name
+    tree["train"] |= train_keys
+    return build_config(RunConfig, tree, "tree")
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(resolve_checkpoint(run_dir) / "model.safetensors")
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def launch(tree: dict[str, Any], tmp_path: Path, name: str, *prefix: str, **train_keys: Any) -> subprocess.Popen:
+    tree = json.loads(json.dumps(tree))
+    tree["run"]["name"] = name
+    tree["train"] |= train_keys
+    tree["eval"]["sources"] = {}
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    command = [sys.executable, *(prefix or ["-m"]), "mmctx.train", str(path)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise AssertionError(f"{path} did not appear: {process.communicate()[1][-2000:]}")
+        time.sleep(0.02)
+
+
+def test_a_run_killed_and_resumed_ends_bitwise_equal(tree: dict[str, Any], tmp_path: Path) -> None:
+    """With dropout on; SIGKILL comes at some instant after the first checkpoint, while more are being written."""
+    whole = train(build(tree, "whole", steps=12, save_every=2))
+    killed = launch(tree, tmp_path, "killed", steps=12, save_every=2)
+    run_dir = Path(tree["run"]["dir"]) / "killed"
+    wait_for(run_dir / "checkpoint-4", killed)
+    killed.kill()
+    killed.communicate()
+    assert 4 <= int(list_checkpoints(run_dir)[-1].name.removeprefix("checkpoint-")) <= 12
+    resumed = train(build(tree, "killed", steps=12, save_every=2))
+    assert resumed.step == 12
+    assert_same(weights(whole.run_dir), weights(run_dir))
+    lines = [read_lines(d / "metrics.jsonl") for d in (whole.run_dir, run_dir)]
+    assert [line["step"] for line in lines[1]] == list(range(1, 13))
+    for ours, theirs in zip(*lines, strict=True):
+        assert {k: v for k, v in ours.items() if k.startswith("loss")} == {k: v for k, v in theirs.items() if k.startswith("loss")}
+
+
+def test_metrics_lines_have_what_scripts_rely_on(tree: dict[str, Any]) -> None:
+    result = train(build(tree, "metrics", steps=2))
+    for line in read_lines(result.run_dir / "metrics.jsonl"):
+        assert {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s"} <= line.keys()
+        assert {"loss/captioning", "loss/masked_lm", "loss/similarity"} <= line.keys()
+    checkpoint = result.run_dir / "latest"
+    assert {"config.json", "model.safetensors", "tokenizer.json", "COMPLETE"} <= {p.name for p in checkpoint.iterdir()}
+    assert (result.run_dir / "config.yaml").exists()
+
+
+def test_loss_falls(tree: dict[str, Any]) -> None:
+    tree["train"]["optimizer"] = {"lr": 3e-3}
+    lines = read_lines(train(build(tree, "falls", steps=40)).run_dir / "metrics.jsonl")
+    for name in ("captioning", "masked_lm", "similarity"):
+        assert lines[-1][f"loss/{name}"] < 0.9 * lines[0][f"loss/{name}"], name
+
+
+def test_ctrl_c_saves_and_exits_with_its_own_code(tree: dict[str, Any], tmp_path: Path) -> None:
+    process = launch(tree, tmp_path, "stopped", steps=100_000, save_every=100_000)
+    run_dir = Path(tree["run"]["dir"]) / "stopped"
+    wait_for(run_dir / "metrics.jsonl", process)
+    while not read_lines(run_dir / "metrics.jsonl"):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors[-2000:]
+    (checkpoint,) = list_checkpoints(run_dir)
+    assert int(checkpoint.name.removeprefix("checkpoint-")) == read_lines(run_dir / "metrics.jsonl")[-1]["step"]
+
+
+def test_a_finished_run_is_left_as_it_is(tree: dict[str, Any]) -> None:
+    config = build(tree, "again", steps=2)
+    before = (train(config).run_dir / "latest" / "model.safetensors").stat().st_mtime_ns
+    assert train(config).step == 2
+    assert (Path(tree["run"]["dir"]) / "again" / "latest" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_another_config_cannot_resume_a_run(tree: dict[str, Any]) -> None:
+    train(build(tree, "run", steps=2))
+    tree["model"]["transformer"]["mlp_width"] = 64
+    with pytest.raises(CheckpointError, match=r"mlp_width: 48 in the checkpoint, 64 asked for(.|\n)*run\.name"):
+        train(build(tree, "run", steps=2))
+
+
+def test_incomplete_and_damaged_checkpoints(tree: dict[str, Any]) -> None:
+    run_dir = train(build(tree, "damage", steps=4, save_every=2)).run_dir
+    assert [p.name for p in list_checkpoints(run_dir)] == ["checkpoint-2", "checkpoint-4"]
+    (run_dir / "checkpoint-4" / "COMPLETE").unlink()  # as after a kill: it does not count
+    assert resolve_checkpoint(run_dir).name == "checkpoint-2"
+    path = run_dir / "checkpoint-2" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=r"checkpoint-2.model\.safetensors"):
+        train(build(tree, "damage", steps=4, save_every=2))
+    with pytest.raises(CheckpointError, match="COMPLETE"):
+        load_model(run_dir / "checkpoint-4")
+
+
+def test_loader_workers_change_nothing(tree: dict[str, Any]) -> None:
+    alone = train(build(tree, "alone", steps=3))
+    tree["data"]["num_workers"] = 2
+    assert_same(weights(alone.run_dir), weights(train(build(tree, "workers", steps=3)).run_dir))
+
+
+@pytest.mark.timeout(300)
+def test_two_processes_equal_one(tree: dict[str, Any], tmp_path: Path) -> None:
+    """A real second process over gloo: the same global batches, the same losses and weights."""
+    tree["model"]["transformer"]["dropout"] = 0.0  # dropout is drawn for each rank
+    one = train(build(tree, "one", steps=4))
+    two = launch(tree, tmp_path, "two", "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "-m", steps=4)
+    _, errors = two.communicate(timeout=240)
+    assert two.returncode == 0, errors[-3000:]
+    run_dir = Path(tree["run"]["dir"]) / "two"
+    for ours, theirs in zip(read_lines(one.run_dir / "metrics.jsonl"), read_lines(run_dir / "metrics.jsonl"), strict=True):
+        for key in ("loss", "loss/captioning", "loss/masked_lm", "loss/similarity", "grad_norm", "tokens"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4), key
+    a, b = weights(one.run_dir), weights(run_dir)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
+
+
+def test_undecodable_samples_are_skipped_and_written_down(tree: dict[str, Any], corpus: Path, tmp_path: Path) -> None:
+    config = build(damaged(tree, corpus, tmp_path), "skips", steps=4)
+    run_dir = train(config.model_copy(update={"data": config.data.model_copy(update={"skip_budget": 0.5})})).run_dir
+    skips = read_lines(run_dir / "skips.jsonl")
+    assert {"step", "source", "shard", "key", "reason", "detail"} <= skips[0].keys()
+    assert {(s["key"], s["reason"]) for s in skips} == {("triple0003", "undecodable_image")}
+    assert read_lines(run_dir / "metrics.jsonl")[-1]["skipped"] == len(skips)
+
+
+def test_too_many_skips_stop_the_run_and_name_the_shard(tree: dict[str, Any], corpus: Path, tmp_path: Path) -> None:
+    config = build(damaged(tree, corpus, tmp_path), "budget", steps=40)
+    with pytest.raises(SkipBudgetError, match=r"skip_budget=0\.0 allows; most in .*triples-000000\.tar"):
+        train(config.model_copy(update={"data": config.data.model_copy(update={"skip_budget": 0.0})}))
+
+
+def damaged(tree: dict[str, Any], corpus: Path, tmp_path: Path) -> dict[str, Any]:
+    """The corpus with one picture whose header is whole and whose pixels are not."""
+    copy = tmp_path / "corpus"
+    shutil.copytree(corpus, copy, ignore=shutil.ignore_patterns("*.index"))
+    shard = copy / "triples-000000.tar"
+    from tiny import png
+
+    picture = png(3)
+    content = shard.read_bytes()
+    assert content.count(picture) == 1
+    shard.write_bytes(content.replace(picture, picture[:60] + bytes(len(picture) - 60)))
+    return json.loads(json.dumps(tree).replace(str(corpus), str(copy)))
