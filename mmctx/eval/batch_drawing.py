@@ -18,7 +18,7 @@ from mmctx.pack import MODALITIES, PackedBatch
 
 KINDS = ("text", *MODALITIES)
 
-# Middle tones: they must stand on white and on black, because the drawing also appears outside the report, in notebooks.
+# Middle tones: they must stand on white and on black, since the drawing also appears outside the report, in notebooks.
 _KIND_COLORS = ("#98a2b3", "#4a8fe0", "#e8943a", "#d6c34a")
 _OBJECTIVE_COLORS = ("#2f9e7a", "#a066c9", "#d9577b", "#a89a2c", "#38a3b8", "#8f6b57")
 
@@ -38,8 +38,8 @@ class _Piece(NamedTuple):
 def draw_batch(batch: PackedBatch, bin_tokens: int) -> str:
     """The flat sequence as rows of a strip, in SVG.
 
-    Cells are coloured by modality, the band above them by objective; vertical lines separate documents, and a dark line below marks
-    hidden states that a loss reads. Runs of equal tokens are one rectangle. Pointing at a document names its sample.
+    Cells are coloured by modality, the band above them by objective; vertical lines separate documents, and a line below
+    marks hidden states that a loss reads. Runs of equal tokens are one rectangle. Pointing at a document names its sample.
 
     Args:
         batch: on the host.
@@ -72,7 +72,7 @@ def draw_batch(batch: PackedBatch, bin_tokens: int) -> str:
 
 
 def count_batch(batch: PackedBatch, bin_tokens: int) -> dict[str, Any]:
-    """The numbers beside the drawing: documents, fill, tokens of each modality, and of each objective its documents and targets."""
+    """The numbers beside the drawing: fill, tokens of each modality, documents, tokens and targets of each objective."""
     lengths, kinds, targets = batch.layout.lengths, token_kinds(batch), _target_mask(batch)
     starts = [0, *accumulate(lengths)]
     documents, tokens, read = Counter(batch.objectives), Counter(), Counter()
@@ -176,10 +176,10 @@ class _Canvas:
             width = (12 + 0.58 * _FONT * len(label) + 8) * unit  # about the width of the text: SVG cannot measure it
             if x > self.left and x + width > self.left + self.row_tokens:
                 x, y = self.left, y + 10 * unit
-            height = _TARGET if color == "currentColor" else 6
-            top = y + (7 - height if height == _TARGET else 1) * unit
+            height = (_TARGET if color == "currentColor" else 6) * unit
             self._parts.append(
-                f'<rect class="swatch" x="{x:g}" y="{top:g}" width="{8 * unit:g}" height="{height * unit:g}" fill="{color}"/>'
+                f'<rect class="swatch" x="{x:g}" y="{y + 7 * unit - height:g}" width="{8 * unit:g}" height="{height:g}" '
+                f'fill="{color}"/>'
             )
             self._text(x + 11 * unit, y + 6.4 * unit, label)
             x += width
@@ -225,7 +225,8 @@ class _Canvas:
         size = f"0 0 {self.left + self.row_tokens + unit:g} {self._top + num_rows * _PITCH * unit:g}"
         style = (
             f".batch-drawing .boundary{{stroke:currentColor;stroke-width:{0.6 * unit:g}}}"
-            f".batch-drawing .empty{{stroke:currentColor;stroke-opacity:.35;stroke-width:{0.5 * unit:g};stroke-dasharray:{2 * unit:g}}}"
+            f".batch-drawing .empty{{stroke:currentColor;stroke-opacity:.35;stroke-width:{0.5 * unit:g};"
+            f"stroke-dasharray:{2 * unit:g}}}"
             ".batch-drawing g:hover rect{opacity:.7}"
         )
         return (

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmctx.datasets.plan import Bin, plan_once
 from mmctx.datasets.fetch import PackedDataset
+from mmctx.datasets.plan import Bin, plan_once
 from mmctx.errors import MmctxError, SampleError
 from mmctx.eval.context import EvalContext
 from mmctx.generate import generate

@@ -45,8 +45,8 @@ def summarise_losses(run_dir: Path, held_out: Mapping[str, Mapping[str, Any]]) -
         held_out: results of the suite `loss`.
 
     Returns:
-        `{objective: {"first", "last", "held_out", "n"}}`: `first` is the first logged value, `last` the mean of the last three, since
-        single values are noisy. Lines that hold none (no prediction in the interval) do not count.
+        `{objective: {"first", "last", "held_out", "n"}}`: `first` is the first logged value, `last` the mean of the last
+        three, since single values are noisy. Lines that hold none (no prediction in the interval) do not count.
     """
     series: dict[str, list[float]] = {}
     for line in _read_lines(run_dir / "metrics.jsonl"):

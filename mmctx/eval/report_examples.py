@@ -68,7 +68,7 @@ def load_examples(entries: Sequence[Mapping[str, Any]], data: RunData) -> list[E
 
 
 def mark_differences(reference: str, prediction: str) -> tuple[str, str]:
-    """Both texts as HTML, the words that differ inside `<del>` (missed) and `<ins>` (wrong); letter case does not count."""
+    """Both texts as HTML, words that differ inside `<del>` (missed) and `<ins>` (wrong); letter case does not count."""
     a, b = _WORDS.findall(reference), _WORDS.findall(prediction)
     matcher = difflib.SequenceMatcher(None, [w.lower() for w in a], [w.lower() for w in b], autojunk=False)
     blocks = matcher.get_opcodes()

@@ -28,9 +28,10 @@ def line_chart(
     *,
     smooth: bool = True,
 ) -> str:
-    """Values over steps as SVG, with `reference` as a dashed line; `smooth` draws them faintly and their moving average strongly.
+    """Values over steps as SVG, with `reference` as a dashed line.
 
-    Values that are not finite are left out; longer series are averaged down to 400 points. The page's style sheet colours the classes.
+    Values that are not finite are left out, long series are averaged down to 400 points, and `smooth` draws the values
+    faintly and their moving average strongly. The page's style sheet colours the classes.
     """
     x, y = np.asarray(steps, float), np.asarray(values, float)
     x, y = _thin(x[np.isfinite(y)]), _thin(y[np.isfinite(y)])
@@ -64,7 +65,8 @@ def line_chart(
         top = at_y(reference)
         parts.append(f'<line class="reference" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{top:.1f}" y2="{top:.1f}"/>')
     title = f"{label}, steps {short_number(x0)} to {short_number(x1)}"
-    return f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
+    opening = f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">'
+    return opening + "".join(parts) + "</svg>"
 
 
 def spectrogram_png(values: np.ndarray) -> bytes:

@@ -41,7 +41,9 @@ def build_model_halves(configs: Mapping[str, AnyObjective], width: int) -> nn.Mo
 
     Built by name, so that the order of keys in a YAML file does not change which weights are drawn.
     """
-    return nn.ModuleDict({name: KINDS[config.kind].model(name, config, width) for name, config in sorted(configs.items())})
+    return nn.ModuleDict(
+        {name: KINDS[config.kind].model(name, config, width) for name, config in sorted(configs.items())}
+    )
 
 
 __all__ = [

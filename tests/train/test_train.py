@@ -52,7 +52,9 @@ def launch(tree: dict[str, Any], tmp_path: Path, name: str, *prefix: str, **trai
     path = tmp_path / f"{name}.yaml"
     path.write_text(yaml.safe_dump(tree))
     command = [sys.executable, *(prefix or ["-m"]), "mmctx.train", str(path)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
 
 
 def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> None:
@@ -78,7 +80,9 @@ def test_a_run_killed_and_resumed_ends_bitwise_equal(tree: dict[str, Any], tmp_p
     lines = [read_lines(d / "metrics.jsonl") for d in (whole.run_dir, run_dir)]
     assert [line["step"] for line in lines[1]] == list(range(1, 13))
     for ours, theirs in zip(*lines, strict=True):
-        assert {k: v for k, v in ours.items() if k.startswith("loss")} == {k: v for k, v in theirs.items() if k.startswith("loss")}
+        assert {k: v for k, v in ours.items() if k.startswith("loss")} == {
+            k: v for k, v in theirs.items() if k.startswith("loss")
+        }
 
 
 def test_metrics_lines_have_what_scripts_rely_on(tree: dict[str, Any]) -> None:
@@ -149,11 +153,15 @@ def test_two_processes_equal_one(tree: dict[str, Any], tmp_path: Path) -> None:
     """A real second process over gloo: the same global batches, the same losses and weights."""
     tree["model"]["transformer"]["dropout"] = 0.0  # dropout is drawn for each rank
     one = train(build(tree, "one", steps=4))
-    two = launch(tree, tmp_path, "two", "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "-m", steps=4)
+    two = launch(
+        tree, tmp_path, "two", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", steps=4
+    )
     _, errors = two.communicate(timeout=240)
     assert two.returncode == 0, errors[-3000:]
     run_dir = Path(tree["run"]["dir"]) / "two"
-    for ours, theirs in zip(read_lines(one.run_dir / "metrics.jsonl"), read_lines(run_dir / "metrics.jsonl"), strict=True):
+    for ours, theirs in zip(
+        read_lines(one.run_dir / "metrics.jsonl"), read_lines(run_dir / "metrics.jsonl"), strict=True
+    ):
         for key in ("loss", "loss/captioning", "loss/masked_lm", "loss/similarity", "grad_norm", "tokens"):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4), key
     a, b = weights(one.run_dir), weights(run_dir)
