@@ -87,8 +87,8 @@ def decode_image(data: bytes) -> Tensor:
 
     Pixels are as stored: EXIF rotation is not applied, as in the index. In memory channels may lie last, as decoders write.
 
-    Pillow decodes all of them. torchvision's decoders are a third faster, but deprecated since 0.29, and its PNG decoder crashed the process
-    on a damaged file instead of raising.
+    Pillow decodes all of them. torchvision's decoders are a third faster, but deprecated since 0.29, and its PNG decoder
+    crashed the process on a damaged file instead of raising.
 
     Raises:
         SampleError: ``undecodable_image``: damaged, cut short, or beyond Pillow's limit on pixels.

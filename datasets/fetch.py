@@ -154,8 +154,9 @@ class StepSampler(Sampler[Bin]):
     def __init__(self, plan: Plan, first_step: int, last_step: int, rank: int = 0, world_size: int = 1) -> None:
         bins = plan.config.bins_per_step
         if bins % world_size:
+            enough = -(-bins // world_size) * world_size
             raise ConfigError(
-                f"data.bins_per_step={bins} is not a multiple of the {world_size} processes; set it to {-(-bins // world_size) * world_size}"
+                f"data.bins_per_step={bins} is not a multiple of the {world_size} processes; set it to {enough}"
             )
         self.plan, self.first_step, self.last_step = plan, first_step, last_step
         self.rank, self.world_size = rank, world_size

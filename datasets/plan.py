@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 
@@ -186,7 +187,7 @@ def _make_bins(
     order = np.argsort(places, kind="stable")
     bounds = np.searchsorted(places[order], np.arange(num_bins + 1))
     bins = []
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in pairwise(bounds.tolist()):
         rows = order[start:end]
         samples = tuple(zip(group[rows].tolist(), ids[rows].tolist(), epoch[rows].tolist(), strict=True))
         bins.append(Bin(samples, int(tokens[rows].sum()), float(costs[rows].sum())))

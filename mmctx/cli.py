@@ -194,7 +194,7 @@ def _table(answer: dict[str, Any], indent: str = "") -> str:
 
 
 def _summary(answer: dict[str, Any]) -> str:
-    results = {name: part for name, part in answer.get("results", {}).items()}
+    results = dict(answer.get("results", {}))
     if "caption" in results:
         results["caption"] = {name: value for name, value in results["caption"].items() if name != "examples"}
     return _table({key: value for key, value in answer.items() if key != "results"} | results)

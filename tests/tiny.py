@@ -14,7 +14,24 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-WORDS = ["red", "green", "blue", "round", "square", "tall", "small", "big", "cat", "dog", "house", "tree", "moon", "star", "fish", "bird"]
+WORDS = [
+    "red",
+    "green",
+    "blue",
+    "round",
+    "square",
+    "tall",
+    "small",
+    "big",
+    "cat",
+    "dog",
+    "house",
+    "tree",
+    "moon",
+    "star",
+    "fish",
+    "bird",
+]
 
 
 def png(seed: int, size: int = 32) -> bytes:

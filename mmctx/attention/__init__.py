@@ -3,7 +3,8 @@
     out = attention(q, k, v, layout)                     # the best backend for these tensors
     out = attention(q, k, v, layout, backend="sdpa")     # this one, or a BackendError that says why not
 
-Importing this module imports no optional kernel package.
+Importing this module imports no optional kernel package. Under `torch.compile`, call it through
+`torch.compiler.disable(attention)`: document lengths are host integers, which tracing would compile anew in every step.
 
 Shapes: T tokens, N documents, Hq query heads, Hk key and value heads, d head dimension.
 """

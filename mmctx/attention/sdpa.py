@@ -132,8 +132,10 @@ def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, window: int, causal: bool
     """Windowed attention, (B, Hq, L, d): each block of queries sees its own block of keys and the neighbouring ones."""
     size = max(window, _MIN_BLOCK)
     q_blocks, k_blocks, v_blocks = (x.split(size, dim=2) for x in (q, k, v))
-    # Positions count from the start of the block before the queries', so that one mask serves every block.
-    band = _band(torch.arange(size, 2 * size), torch.arange(3 * size), window, causal).to(q.device)
+    # Positions count from the start of the block before the queries', so that one mask serves every block. They are made
+    # on the device: a copy from the host would wait for it in every layer.
+    positions = torch.arange(3 * size, device=q.device)
+    band = _band(positions[size : 2 * size], positions, window, causal)
     outputs = []
     for index, query in enumerate(q_blocks):
         first, last = max(index - 1, 0), min(index + (1 if causal else 2), len(q_blocks))

@@ -11,7 +11,7 @@ from mmctx.datasets.config import SourceConfig
 class EvalConfig(StrictModel):
     """Held-out evaluation."""
 
-    sources: dict[str, SourceConfig] = {}
+    sources: dict[str, SourceConfig] = Field(default_factory=dict)
     """Held-out sources, read in full, in order. None means no evaluation at the end of training."""
     suites: tuple[str, ...] = ("loss", "retrieval", "caption", "masked_lm")
     """Suites of `mmctx.eval.SUITES`, in this order."""

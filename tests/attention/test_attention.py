@@ -321,17 +321,22 @@ def test_equals_reference_on_gpu(backend: Backend, case, dtype):
 
 @pytest.mark.gpu
 @requires_cuda
+@pytest.mark.parametrize("window", [None, 8])
 @pytest.mark.parametrize("backend", BACKENDS.values(), ids=lambda backend: backend.name)
-def test_never_waits_for_the_gpu(backend: Backend):
+def test_never_waits_for_the_gpu(backend: Backend, window: int | None):
     device = torch.device("cuda", 0)
     reason = backend.why_not(Request(device, torch.bfloat16, 64))
     if reason is not None:
         pytest.skip(f"{backend.name}: {reason}")
     layout = DocumentLayout.from_lengths((40, 300, 17, 18, 30), 3, device=device)
     q, k, v, grad = make_inputs(layout, head_dim=64, dtype=torch.bfloat16)
-    run(lambda q, k, v: attention(q, k, v, layout, backend=backend.name), q, k, v, grad)  # compiles and plans
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, layout, window=window, backend=backend.name)
+
+    run(attend, q, k, v, grad)  # compiles and plans
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run(lambda q, k, v: attention(q, k, v, layout, backend=backend.name), q, k, v, grad)
+        run(attend, q, k, v, grad)
     finally:
         torch.cuda.set_sync_debug_mode("default")
