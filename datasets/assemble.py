@@ -48,7 +48,8 @@ class RunData:
         ]
         whole = self.dataset
         return _tabulated(
-            self.config, PackedDataset(kept, whole.preprocessors, whole.objectives, whole.tokenizer, whole.seed)
+            self.config,
+            PackedDataset(kept, whole.preprocessors, whole.objectives, whole.tokenizer, whole.seed, whole.cache_mb),
         )
 
 
@@ -89,9 +90,8 @@ def build_data(
     for name, config in sorted(sources.items()):  # by name: the order of keys in a YAML file means nothing
         shards = index_shards(expand_shards(config.shards), tokenizer, config.texts, progress=progress)
         opened.append((Source(name, shards, config.texts), config))
-    dataset = PackedDataset(
-        opened, build_preprocessors(model), build_data_halves(objectives, tokenizer), tokenizer, seed
-    )
+    halves = build_data_halves(objectives, tokenizer)
+    dataset = PackedDataset(opened, build_preprocessors(model), halves, tokenizer, seed, data.cache_mb)
     return _tabulated(data, dataset)
 
 

@@ -51,6 +51,8 @@ class DataConfig(StrictModel):
     """Loader processes a rank."""
     prefetch: int = Field(2, ge=1)
     """Batches that each worker prepares ahead."""
+    cache_mb: int = Field(0, ge=0)
+    """MiB of decoded samples that each loading process keeps, for sets that are read many times and fit. They are not decoded again."""
     skip_budget: float = Field(0.01, ge=0, le=1)
     """Largest share of samples that may be skipped while training before the run stops."""
 

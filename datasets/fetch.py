@@ -17,7 +17,7 @@ from mmctx.datasets.source import Source
 from mmctx.errors import ConfigError, SampleError
 from mmctx.objectives import DataHalf
 from mmctx.pack import IGNORE_INDEX, Document, MediaItem, PackedBatch, Skip, pack_documents
-from mmctx.sample import SampleSizes
+from mmctx.sample import Sample, SampleSizes
 from mmctx.tokenizer import TextTokenizer
 
 
@@ -51,6 +51,7 @@ class PackedDataset(Dataset[PackedBatch]):
         objectives: Mapping[str, DataHalf],
         tokenizer: TextTokenizer,
         seed: int,
+        cache_mb: int = 0,
     ) -> None:
         for source, config in sources:
             for name in config.objectives:
@@ -59,7 +60,9 @@ class PackedDataset(Dataset[PackedBatch]):
                         f"data.sources.{source.name}.objectives: no objective {name!r}; there are {sorted(objectives)}"
                     )
         self.sources, self.preprocessors, self.objectives = list(sources), preprocessors, dict(objectives)
-        self.tokenizer, self.seed = tokenizer, seed
+        self.tokenizer, self.seed, self.cache_mb = tokenizer, seed, cache_mb
+        self._cache: dict[tuple[int, int], Sample] = {}
+        self._cache_room = cache_mb << 20
 
     def __getitem__(self, bin: Bin) -> PackedBatch:
         documents: list[Document] = []
@@ -82,6 +85,24 @@ class PackedDataset(Dataset[PackedBatch]):
             SampleError: the sample cannot be decoded or lacks what an objective needs.
         """
         source, config = self.sources[source_number]
+        sample = self._sample(source_number, sample_id)
+        found: list[Document] = []
+        for name in config.objectives:
+            rng = np.random.default_rng(derive_key(self.seed, name, source.name, sample.key, epoch))
+            documents = self.objectives[name].documents(sample, rng)
+            if not documents:
+                raise SampleError("missing_member", f"objective {name!r} finds nothing to learn from in this sample")
+            found += documents
+        return found
+
+    def _sample(self, source_number: int, sample_id: int) -> Sample:
+        """The decoded sample, from the cache if it is there. What no longer fits is decoded anew each time: a set is read round and round,
+        so making room would only throw out what is wanted next.
+        """
+        known = self._cache.get((source_number, sample_id))
+        if known is not None:
+            return known
+        source, config = self.sources[source_number]
         sample = decode_sample(
             source.read(sample_id),
             source=source.name,
@@ -91,14 +112,10 @@ class PackedDataset(Dataset[PackedBatch]):
             make_image=self.preprocessors.image,
             make_audio=self.preprocessors.audio,
         )
-        found: list[Document] = []
-        for name in config.objectives:
-            rng = np.random.default_rng(derive_key(self.seed, name, source.name, sample.key, epoch))
-            documents = self.objectives[name].documents(sample, rng)
-            if not documents:
-                raise SampleError("missing_member", f"objective {name!r} finds nothing to learn from in this sample")
-            found += documents
-        return found
+        if (size := sample.num_bytes) <= self._cache_room:
+            self._cache[source_number, sample_id] = sample
+            self._cache_room -= size
+        return sample
 
     def _nothing(self) -> Document:
         """Stands in when every sample of a bin was skipped, so that the rank still takes part in the step."""

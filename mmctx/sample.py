@@ -33,6 +33,12 @@ class Sample:
     audio: MediaItem | None = None
     segments: tuple[np.ndarray | MediaItem, ...] | None = None
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory that its ids, pixels and frames take."""
+        parts = [*self.texts, self.image, self.audio, *(self.segments or ())]
+        return sum(p.values.nbytes if isinstance(p, MediaItem) else p.nbytes for p in parts if p is not None)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SampleSizes:

@@ -27,7 +27,7 @@ from mmctx.tokenizer import TextTokenizer
 from mmctx.train.config import RunConfig
 
 FREE_TO_CHANGE = ("run", "eval", "train.steps", "train.log_every", "train.save_every", "train.keep_checkpoints",
-                  "train.tensorboard", "train.num_threads", "data.num_workers", "data.prefetch", "data.skip_budget",
+                  "train.tensorboard", "train.num_threads", "data.num_workers", "data.prefetch", "data.cache_mb", "data.skip_budget",
                   "model.transformer.attention", "model.transformer.checkpoint_activations")  # fmt: skip
 """Keys that a resumed run may set otherwise without becoming another run."""
 
