@@ -91,10 +91,10 @@ class Certificate:
         backend: its name.
         device: such as "cpu" or "cuda:0".
         dtype: such as "bfloat16".
-        usable: it ran; otherwise `why_not` says why it cannot, or what it raised.
-        why_not: None where it is usable.
+        usable: the backend says that it can run here, so "auto" may take it.
+        why_not: why it cannot, or, of a usable one, what it raised; None where it ran.
         tolerance: the largest relative error allowed.
-        results: one for each case, empty where it is not usable.
+        results: one for each case, empty where it did not run.
         passed: it is usable and every error lies within the tolerance.
         milliseconds: forward and backward on the standard shape, None where it failed or was not timed.
         note: what the backend is good for.
@@ -147,24 +147,25 @@ def certify(
 
 
 def certify_backend(backend: Backend, device: torch.device, dtype: torch.dtype, timing: bool = True) -> Certificate:
-    """Runs one backend on every case; a kernel that raises is reported as not usable, with what it raised."""
+    """Runs one backend on every case; a kernel that raises has not passed, and the certificate says what it raised."""
     results: list[CaseResult] = []
     milliseconds = None
     passed = False
     why_not = backend.why_not(Request(device, dtype, head_dim=_HEAD_DIM, windowed=True))
-    if why_not is None:
+    usable = why_not is None
+    if usable:
         try:
             results = [_run_case(backend, case, device, dtype) for case in CASES]
             passed = all(result.worst <= TOLERANCES[dtype] for result in results)
             if timing and passed:
                 milliseconds = _time(backend, device, dtype)
         except Exception as error:  # kernels fail to compile or launch in many ways; the report is what is wanted
-            why_not, passed = f"it raised {type(error).__name__}: {error}", False
+            why_not, results, passed = f"it raised {type(error).__name__}: {error}", [], False
     return Certificate(
         backend=backend.name,
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
-        usable=why_not is None,
+        usable=usable,
         why_not=why_not,
         tolerance=TOLERANCES[dtype],
         results=tuple(results),
