@@ -29,8 +29,8 @@ def decode_sample(
     uid: int,
     texts: Sequence[str],
     tokenizer: TextTokenizer,
-    make_image: Callable[[Tensor], MediaItem],
-    make_audio: Callable[[Tensor, int], MediaItem],
+    make_image: Callable[[Tensor], MediaItem] | None,
+    make_audio: Callable[[Tensor, int], MediaItem] | None,
 ) -> Sample:
     """Decodes and tokenizes one sample.
 
@@ -40,8 +40,8 @@ def decode_sample(
         uid: number of the sample.
         texts: the source's texts, such as ``txt`` or ``json:names.zh``.
         tokenizer: turns text into ids.
-        make_image: picture (3, H, W) uint8 -> item.
-        make_audio: mono clip (n,) float32 and its rate in Hz -> item.
+        make_image: picture (3, H, W) uint8 -> item; None leaves pictures out.
+        make_audio: mono clip (n,) float32 and its rate in Hz -> item; None leaves clips out.
 
     Raises:
         SampleError: the sample cannot be used, for the reasons in `contents.REASONS`.
@@ -50,22 +50,24 @@ def decode_sample(
     segments = parse_segments(document)
     media = media_of(raw.members, segments)
 
-    def make(segment: Segment) -> MediaItem:
+    def make(segment: Segment) -> MediaItem | None:
         data = raw.members[segment.value]
         try:
-            return make_image(decode_image(data)) if segment.kind == "image" else make_audio(*decode_audio(data))
+            if segment.kind == "image":
+                return make_image(decode_image(data)) if make_image else None
+            return make_audio(*decode_audio(data)) if make_audio else None
         except SampleError as error:
             raise SampleError(error.reason, f"{segment.value}: {error.detail}") from None
 
     if segments is not None:
         parts = [tokenizer.encode(s.value) if s.kind == "text" else make(s) for s in segments]
-        kept = tuple(p for p in parts if isinstance(p, MediaItem) or len(p))
+        kept = tuple(p for p in parts if p is not None and (isinstance(p, MediaItem) or len(p)))
         if not kept:
             raise SampleError("empty", f"{len(segments)} segments hold neither tokens nor media")
         return Sample(key=raw.key, source=source, uid=uid, segments=kept)
 
     ids = tuple(_encode(entry, read_text(entry, raw.members, document), tokenizer) for entry in texts)
-    items = {segment.kind: make(segment) for segment in media}
+    items = {segment.kind: item for segment in media if (item := make(segment)) is not None}
     if not items and all(i is None for i in ids):
         raise SampleError(
             "empty", f"no media and none of the texts {', '.join(texts)}; members: {', '.join(raw.members)}"

@@ -32,8 +32,8 @@ class Preprocessors:
         audio_tokens: numbers of samples, sample rates (n,) -> tokens (n,).
     """
 
-    image: Callable[[Tensor], MediaItem]
-    audio: Callable[[Tensor, int], MediaItem]
+    image: Callable[[Tensor], MediaItem] | None
+    audio: Callable[[Tensor, int], MediaItem] | None
     image_tokens: Callable[[np.ndarray, np.ndarray], np.ndarray]
     audio_tokens: Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -145,24 +145,23 @@ def tabulate(
     reasons[tokens > data.bin_tokens] = "over_long"
     for number in np.flatnonzero(flags):
         reasons[number] = source.flag_reason(int(flags[number]))
-    skips = [
-        _skip(source, int(number), str(reasons[number]), lengths[number], data)
-        for number in np.flatnonzero(reasons != "")
-    ]
+    problems = (
+        {(shard.path, p.key): p.detail for shard in source.shards for p in shard.problems()} if flags.any() else {}
+    )
+    skips = []
+    for number in np.flatnonzero(reasons != "").tolist():
+        shard, key = source.locate(number)
+        detail = problems.get((shard, key)) or _size_problem(lengths[number], data)
+        skips.append(Skip(source=source.name, shard=str(shard), key=key, reason=str(reasons[number]), detail=detail))
     usable = np.flatnonzero(reasons == "")
     return SampleTable(usable, tokens[usable].astype(np.int64), costs[usable]), skips
 
 
-def _skip(source: Source, sample_id: int, reason: str, lengths: np.ndarray, data: DataConfig) -> Skip:
-    shard, key = source.locate(sample_id)
-    details = {
-        "over_long": f"documents of {lengths[lengths > 0].tolist()} tokens, allowed are data.context_length={data.context_length} each "
-        f"and data.bin_tokens={data.bin_tokens} together",
-        "missing_member": "an objective of this source finds nothing to learn from in this sample",
-    }
-    return Skip(
-        source=source.name, shard=str(shard), key=key, reason=reason, detail=details.get(reason, "found while indexing")
+def _size_problem(lengths: np.ndarray, data: DataConfig) -> str:
+    made = (
+        f"the objectives of this source would make documents of {lengths[lengths > 0].tolist()} tokens of this sample"
     )
+    return f"{made}; allowed are data.context_length={data.context_length} each and data.bin_tokens={data.bin_tokens} together"
 
 
 class StepSampler(Sampler[Bin]):

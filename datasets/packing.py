@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from heapq import heapreplace
 
 import numpy as np
 
@@ -40,16 +41,37 @@ def best_fit(sizes: Sequence[int], capacity: int, num_bins: int | None = None) -
     return bins
 
 
-def even_fit(sizes: Sequence[int], num_bins: int) -> tuple[np.ndarray, int]:
-    """Packs items into at most `num_bins` bins that are as even as best fit can make them.
+def even_fit(sizes: Sequence[int], num_bins: int, capacity: int) -> tuple[np.ndarray, int]:
+    """Packs items into at most `num_bins` bins, evenly and well mixed.
 
-    The capacity starts at the even share and grows by one percent until best fit succeeds: MULTIFIT (Coffman, Garey, Johnson 1978) searched
-    from below. Returns the bin of each item (n,) and the capacity it took.
+    Largest first into the emptiest bin (LPT, Graham 1969): every bin gets long and short items alike, as training wants it. Only where that
+    goes beyond `capacity` does best fit pack tighter, at the price of bins of similar items: its capacity starts at the even share and
+    grows by one percent until it succeeds (MULTIFIT, Coffman, Garey, Johnson 1978, searched from below).
+
+    Returns:
+        the bin of each item (n,), and the tokens of the fullest bin.
     """
-    capacity = max(int(np.max(sizes)), -(-int(np.sum(sizes)) // num_bins))
-    while (bins := best_fit(sizes, capacity, num_bins)) is None:
-        capacity = max(capacity + 1, int(capacity * 1.01))
-    return bins, capacity
+    bins = _emptiest_first(sizes, num_bins)
+    fullest = int(np.bincount(bins, weights=sizes).max())
+    if fullest <= capacity:
+        return bins, fullest
+    tried = max(int(np.max(sizes)), -(-int(np.sum(sizes)) // num_bins))
+    while tried < fullest:
+        tighter = best_fit(sizes, tried, num_bins)
+        if tighter is not None:
+            return tighter, int(np.bincount(tighter, weights=sizes).max())
+        tried = max(tried + 1, int(tried * 1.01))
+    return bins, fullest
+
+
+def _emptiest_first(sizes: Sequence[int], num_bins: int) -> np.ndarray:
+    bins = np.empty(len(sizes), dtype=np.int64)
+    loads = [(0, number) for number in range(num_bins)]  # a heap
+    for item in np.argsort(-np.asarray(sizes), kind="stable").tolist():
+        load, chosen = loads[0]
+        bins[item] = chosen
+        heapreplace(loads, (load + int(sizes[item]), chosen))
+    return bins
 
 
 def deal(costs: np.ndarray, num_hands: int) -> np.ndarray:

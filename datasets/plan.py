@@ -143,7 +143,7 @@ class Plan:
     def _trial(self, window: int, count: int) -> int:
         """Tokens that the bins of a window of `count` samples must hold."""
         group, row, _ = self.draw(np.arange(window * count, (window + 1) * count))
-        return even_fit(self._gather("tokens", group, row), self.bins_per_window)[1]
+        return even_fit(self._gather("tokens", group, row), self.bins_per_window, self.config.bin_tokens)[1]
 
     def _gather(self, column: str, group: np.ndarray, row: np.ndarray) -> np.ndarray:
         out = np.empty(len(row), dtype=getattr(self.tables[0], column).dtype)
@@ -156,7 +156,7 @@ class Plan:
         count = self.samples_per_window
         group, row, epoch = self.draw(np.arange(window * count, (window + 1) * count))
         tokens, costs, ids = (self._gather(column, group, row) for column in ("tokens", "costs", "ids"))
-        places, _ = even_fit(tokens, self.bins_per_window)
+        places, _ = even_fit(tokens, self.bins_per_window, self.config.bin_tokens)
         bins = _make_bins(places, self.bins_per_window, group, ids, epoch, tokens, costs)
         hands = deal(np.array([b.cost for b in bins]), self.config.window_steps)
         shuffled = np.random.default_rng(derive_key(self.seed, "steps", window)).permutation(len(hands))

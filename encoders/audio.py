@@ -44,6 +44,8 @@ class AudioEncoder(nn.Module):
         num_convs = config.stride.bit_length() - 1
         in_widths = [config.num_mels] + [config.width] * (num_convs - 1)
         self.convs = nn.ModuleList(PairConv(in_width, config.width) for in_width in in_widths)
+        # Without this norm the features would start far smaller than the positions added to them, and drown in them.
+        self.stem_norm = nn.LayerNorm(config.width)
         self.blocks = nn.ModuleList(AudioBlock(config.width, config.num_heads) for _ in range(config.depth))
         self.projector = build_projector(config.projector, config.width, dim)
         self.register_buffer(
@@ -94,7 +96,7 @@ class AudioEncoder(nn.Module):
             offsets, real = offsets[::2], real[::2]
             # Bias and GELU make padding non-zero: zero it again, or the next layer's last real frame would see it.
             x = nn.functional.gelu(conv(x, starts=offsets == 0)) * real  # (L/2, C), (L/4, C) ... (R, C)
-        return x + self.positions[offsets // self.config.stride]
+        return self.stem_norm(x) + self.positions[offsets // self.config.stride]
 
     def empty_batch(self, device: torch.device | str) -> MediaBatch:
         """One clip of zeros that fills no slot, for ranks without sound: multiply its embedding by zero."""
@@ -143,6 +145,7 @@ class PairConv(nn.Module):
     def __init__(self, in_width: int, width: int) -> None:
         super().__init__()
         self.linear = nn.Linear(3 * in_width, width)  # columns: kernel tap 0, 1, 2
+        nn.init.kaiming_normal_(self.linear.weight)
 
     def forward(self, x: Tensor, starts: Tensor) -> Tensor:
         """(L, C_in) and (L/2,) bool, true where a chunk starts -> (L/2, C). Rows that are padding must be zero."""

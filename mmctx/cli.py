@@ -96,7 +96,7 @@ def plan(config: Config, overrides: Overrides = None, as_json: Json = False) -> 
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Check every attention backend against a dense float64 reference and say which one `auto` picks here."""
+    """Check every attention backend against a dense float64 reference and name the fastest that passes."""
     from mmctx.attention.certify import certify, choose
 
     certificates = certify()
@@ -133,7 +133,8 @@ def data_index(
     text: Annotated[
         list[str] | None, typer.Option(help="Where texts stand: txt, json:names.zh. May be repeated.")
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes; one for each core by default.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes; 0 for none besides this one.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Rebuild what looks fresh, too.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write the sidecar index of each shard, where it is missing or stale."""
@@ -147,8 +148,9 @@ def data_index(
         loaded = TextTokenizer(tokenizer)
     paths = [path for pattern in shards for path in expand_shards(pattern)]
     with _progress() as show:
+        texts = tuple(text or ["txt"])
         indexed = index_shards(
-            paths, loaded, tuple(text or ["txt"]), num_workers=workers, progress=lambda a, b: show("index", a, b)
+            paths, loaded, texts, workers, lambda done, total: show("index", done, total), force=force
         )
     answer = summarise(indexed)
     _answer(answer, as_json, _table(answer))
@@ -203,11 +205,12 @@ def _summary(answer: dict[str, Any]) -> str:
 def _doctor_table(answer: dict[str, Any]) -> str:
     lines = []
     for backend in answer["backends"]:
+        reason = backend["why_not"] or ""
         verdict = (
-            "certified" if backend["passed"] else "FAILED" if backend["usable"] else f"cannot run: {backend['why_not']}"
+            "certified" if backend["passed"] else f"FAILED {reason}" if backend["usable"] else f"cannot run: {reason}"
         )
         lines.append(f"{backend['backend']:<14} {backend.get('dtype') or '':<10} {verdict}")
-    return "\n".join([*lines, f"auto picks {answer['choice']}"])
+    return "\n".join([*lines, f"fastest certified: {answer['choice']}"])
 
 
 if __name__ == "__main__":

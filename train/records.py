@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mmctx.errors import SkipBudgetError
+from mmctx.jsonl import read_lines
 from mmctx.pack import Skip
 
 
@@ -36,19 +37,6 @@ class JsonLines:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All objects of a JSON-lines file; a last line cut short by a kill is left out."""
-    if not path.exists():
-        return []
-    found = []
-    for line in path.read_text().splitlines():
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return found
 
 
 class SkipLedger:

@@ -17,6 +17,7 @@ from mmctx.errors import MmctxError
 from mmctx.eval.batch_drawing import count_batch, draw_batch
 from mmctx.eval.report_examples import load_examples
 from mmctx.eval.report_plots import line_chart, short_number
+from mmctx.jsonl import read_lines
 from mmctx.pack import MODALITIES, PackedBatch
 
 if TYPE_CHECKING:  # only the command line and the API import the training side
@@ -49,7 +50,7 @@ def summarise_losses(run_dir: Path, held_out: Mapping[str, Mapping[str, Any]]) -
         three, since single values are noisy. Lines that hold none (no prediction in the interval) do not count.
     """
     series: dict[str, list[float]] = {}
-    for line in _read_lines(run_dir / "metrics.jsonl"):
+    for line in read_lines(run_dir / "metrics.jsonl"):
         for name, value in line.items():
             if name.startswith("loss/") and value is not None:
                 series.setdefault(name.removeprefix("loss/"), []).append(value)
@@ -149,7 +150,7 @@ def _caption_table(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _loss_curves(run_dir: Path, summary: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The total, then each objective with its held-out loss as a dashed line."""
-    lines = _read_lines(run_dir / "metrics.jsonl")
+    lines = read_lines(run_dir / "metrics.jsonl")
     names = list(dict.fromkeys(name for line in lines for name in line if name.startswith("loss/")))
     held_out = {name: summary.get(name.removeprefix("loss/"), {}).get("held_out") for name in names}
     total = [_curve(lines, "loss", "total, weighted")] if len(names) > 1 else []
@@ -157,7 +158,7 @@ def _loss_curves(run_dir: Path, summary: Mapping[str, Mapping[str, Any]]) -> lis
 
 
 def _process_curves(run_dir: Path) -> list[dict[str, Any]]:
-    lines = _read_lines(run_dir / "metrics.jsonl")
+    lines = read_lines(run_dir / "metrics.jsonl")
     return [curve for name, label in _PROCESS_CURVES.items() if (curve := _curve(lines, name, label))]
 
 
@@ -187,7 +188,7 @@ def _skips(run_dir: Path) -> dict[str, Any] | None:
         return None
     reasons: dict[str, list[dict[str, Any]]] = {}
     for path in paths:
-        for line in _read_lines(path):
+        for line in read_lines(path):
             reasons.setdefault(line["reason"], []).append(line)
     groups = [
         {
@@ -203,19 +204,6 @@ def _skips(run_dir: Path) -> dict[str, Any] | None:
 def _manifest(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "manifest.json"
     return json.loads(path.read_text()) if path.exists() else {}
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Objects of a JSON-lines file, none where it is missing; a last line cut short by a kill is left out."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
 
 
 def _rounded(value: Any) -> Any:

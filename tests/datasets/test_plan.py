@@ -82,7 +82,7 @@ def test_best_fit_loses_nothing_and_keeps_the_capacity(sizes: list[int], capacit
 @given(sizes=st.lists(st.integers(1, 60), min_size=40, max_size=120), num_bins=st.integers(2, 8))
 @settings(max_examples=60, deadline=None)
 def test_even_fit_is_even(sizes: list[int], num_bins: int) -> None:
-    bins, capacity = even_fit(sizes, num_bins)
+    bins, capacity = even_fit(sizes, num_bins, 10**9)
     assert bins.max() < num_bins
     loads = np.bincount(bins, weights=sizes, minlength=num_bins)
     assert loads.max() <= capacity

@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 
 from mmctx.config import build_config
 from mmctx.errors import CheckpointError, SkipBudgetError
+from mmctx.jsonl import read_lines
 from mmctx.train.checkpoint import list_checkpoints, load_model, resolve_checkpoint
 from mmctx.train.config import RunConfig
 from mmctx.train.loop import train
-from mmctx.train.records import read_lines
 
 pytestmark = pytest.mark.slow
 

@@ -1,0 +1,105 @@
+"""Suites against what they should say of an oracle, of a blind model, and of step-by-step decoding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mmctx.config import build_config
+from mmctx.datasets.assemble import RunData, build_data
+from mmctx.eval import EvalContext, evaluate
+from mmctx.eval.caption import error_rates
+from mmctx.eval.retrieval import recall
+from mmctx.generate import generate
+from mmctx.model import MmctxModel
+from mmctx.pack import pack_documents
+from mmctx.train.build import build_model
+from mmctx.train.config import RunConfig
+
+
+@pytest.fixture
+def context(tree: dict[str, Any]) -> EvalContext:
+    config = build_config(RunConfig, tree, "tree")
+    data = build_data(config.data, config.eval.sources, config.model, config.objectives, seed=0)
+    model = build_model(config, len(data.tokenizer))
+    return EvalContext(model, data, config.objectives, config.eval, torch.device("cpu"))
+
+
+def test_recall_counts_ranks() -> None:
+    scores = torch.eye(20)
+    assert recall(scores)["R@1"] == 1.0
+    assert recall(scores)["MRR"] == 1.0
+    order = torch.arange(20).repeat(20, 1)  # candidate k gets score k: partner i has rank 20 - i
+    found = recall(order)
+    assert (found["R@1"], found["R@5"], found["R@10"], found["n"]) == (1 / 20, 5 / 20, 10 / 20, 20)
+    assert found["MRR"] == pytest.approx(np.mean([1 / rank for rank in range(1, 21)]))
+
+
+def test_a_blind_model_recalls_nothing() -> None:
+    assert recall(torch.zeros(50, 50))["R@10"] == 0.0
+
+
+def test_random_scores_are_at_chance() -> None:
+    torch.manual_seed(0)
+    found = [recall(torch.rand(200, 200))["R@10"] for _ in range(20)]
+    assert np.mean(found) == pytest.approx(10 / 200, abs=0.01)
+
+
+def test_error_rates_are_jiwers() -> None:
+    rates = error_rates(["A red  cat", "a dog"], ["a red cat", "the dog"])
+    assert rates == {"cer": pytest.approx(3 / 14), "wer": pytest.approx(1 / 5), "exact": 0.5, "n": 2}
+
+
+@pytest.mark.slow
+def test_all_suites_run_on_every_held_out_sample(context: EvalContext) -> None:
+    seen = []
+    context = EvalContext(**{**vars(context), "progress": lambda suite, done, total: seen.append((suite, done, total))})
+    context.model.train()
+    results = evaluate(context, ("loss", "retrieval", "caption", "masked_lm"))
+    assert context.model.training  # as it was
+    assert {suite for suite, done, total in seen if done == total} == set(results)
+    assert results["retrieval"]["text_to_text1"]["n"] == 16
+    assert results["caption"]["image_n"] == results["caption"]["audio_n"] == 16
+    # an untrained model predicts about evenly over the vocabulary
+    assert results["loss"]["captioning"]["held_out"] == pytest.approx(np.log(len(context.data.tokenizer)), rel=0.1)
+
+
+@pytest.mark.slow
+def test_generation_equals_decoding_without_a_cache(context: EvalContext) -> None:
+    model, data = context.model.eval(), context.data
+    for parameter in model.parameters():  # away from the neutral start, so that continuations differ
+        torch.nn.init.normal_(parameter, std=0.2)
+    documents = [data.dataset.documents(0, sample, 0)[0] for sample in range(4)]
+    documents += [data.dataset.documents(0, sample, 0)[1] for sample in range(2)]  # clips, of other lengths
+    prompts = [cut(d) for d in documents]
+    together = generate(model, pack_documents(prompts, data.tokenizer.placeholder_ids), data.tokenizer.eos_id, 7)
+    assert len({tuple(ids) for ids in together}) > 1
+    for prompt, ids in zip(prompts, together, strict=True):
+        assert ids == slowly(model, data, prompt, 7)
+
+
+def cut(document):
+    from dataclasses import replace
+
+    end = document.media[0][1].num_tokens
+    return replace(document, input_ids=document.input_ids[:end], labels=document.labels[:end])
+
+
+@torch.no_grad()
+def slowly(model: MmctxModel, data: RunData, prompt, max_new_tokens: int) -> list[int]:
+    """The whole document again for every token."""
+    from dataclasses import replace
+
+    ids: list[int] = []
+    while len(ids) < max_new_tokens:
+        tokens = np.concatenate([prompt.input_ids, np.array(ids, dtype=np.int64)])
+        document = replace(prompt, input_ids=tokens, labels=np.full_like(tokens, -100))
+        hidden = model.encode(pack_documents([document], data.tokenizer.placeholder_ids))
+        token = int(model.next_token_logits(hidden[-1:]).argmax())
+        if token == data.tokenizer.eos_id:
+            break
+        ids.append(token)
+    return ids
