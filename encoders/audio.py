@@ -1,6 +1,7 @@
 """Sound: from log-mel frames to embeddings, all clips of a batch packed end to end.
 
-Shapes: F frames of all clips, M mel bins, L frames in slots, C width, R embeddings of all clips (L = R * stride),
+Shapes: F frames of all clips, M mel bins, L frames in slots, C width, P positions of the transformer (L = P * stride),
+r shuffle factor, R embeddings of all clips (P = R * r),
 D trunk width, H heads of d channels.
 """
 
@@ -47,7 +48,7 @@ class AudioEncoder(nn.Module):
         # Without this norm the features would start far smaller than the positions added to them, and drown in them.
         self.stem_norm = nn.LayerNorm(config.width)
         self.blocks = nn.ModuleList(AudioBlock(config.width, config.num_heads) for _ in range(config.depth))
-        self.projector = build_projector(config.projector, config.width, dim)
+        self.projector = build_projector(config.projector, config.width * config.shuffle, dim)
         self.register_buffer(
             "positions", sinusoids(config.chunk_frames // config.stride, config.width), persistent=False
         )
@@ -64,11 +65,11 @@ class AudioEncoder(nn.Module):
         Raises:
             DataError: frames or embeddings are not as many as the batch promises.
         """
-        stride = self.config.stride
-        expected = tuple(-(-n // stride) for n in media.lengths)
+        per_token = self.config.frames_per_token
+        expected = tuple(-(-n // per_token) for n in media.lengths)
         if expected != media.num_tokens:
             raise DataError(
-                f"clips of {sum(media.lengths)} frames become {sum(expected)} embeddings at stride {stride}, but the "
+                f"clips of {sum(media.lengths)} frames become {sum(expected)} embeddings of {per_token} frames, but the "
                 f"batch has room for {sum(media.num_tokens)}: preprocessor and encoder differ in their config"
             )
         if media.values.shape != (sum(media.lengths), self.config.num_mels):
@@ -77,15 +78,16 @@ class AudioEncoder(nn.Module):
                 f"{tuple(media.values.shape)}"
             )
         device = media.values.device
-        slots = Slots.of_clips(media.lengths, self.config.chunk_frames, stride)
+        slots = Slots.of_clips(media.lengths, self.config.chunk_frames, per_token)
         x = self.embed_frames(media.values, slots)
-        layout = DocumentLayout.from_lengths(slots.num_tokens, num_causal=0, device=device)
+        positions = [n * self.config.shuffle for n in slots.num_tokens]
+        layout = DocumentLayout.from_lengths(positions, num_causal=0, device=device)
         for block in self.blocks:
             x = block(x, layout, self.attention_backend)
-        return self.projector(x)
+        return self.projector(x.view(sum(slots.num_tokens), -1))  # (R, r * C)
 
     def embed_frames(self, values: Tensor, slots: Slots) -> Tensor:
-        """Convolutions and positions: (F, M) frames -> (R, C)."""
+        """Convolutions and positions: (F, M) frames -> (P, C)."""
         offsets = torch.from_numpy(slots.offsets).to(values.device, non_blocking=True)  # (L,)
         real = torch.from_numpy(slots.real).to(values.device, non_blocking=True)[:, None]  # (L, 1)
         x = values.to(self.positions.dtype)
@@ -95,23 +97,25 @@ class AudioEncoder(nn.Module):
         for conv in self.convs:
             offsets, real = offsets[::2], real[::2]
             # Bias and GELU make padding non-zero: zero it again, or the next layer's last real frame would see it.
-            x = nn.functional.gelu(conv(x, starts=offsets == 0)) * real  # (L/2, C), (L/4, C) ... (R, C)
+            x = nn.functional.gelu(conv(x, starts=offsets == 0)) * real  # (L/2, C), (L/4, C) ... (P, C)
         return self.stem_norm(x) + self.positions[offsets // self.config.stride]
 
     def empty_batch(self, device: torch.device | str) -> MediaBatch:
         """One clip of zeros that fills no slot, for ranks without sound: multiply its embedding by zero."""
         nowhere = torch.zeros(0, dtype=torch.int64, device=device)
-        values = torch.zeros(self.config.stride, self.config.num_mels, device=device)
-        return MediaBatch(values=values, lengths=(self.config.stride,), num_tokens=(1,), slots=nowhere, rows=nowhere)
+        frames = self.config.frames_per_token
+        values = torch.zeros(frames, self.config.num_mels, device=device)
+        return MediaBatch(values=values, lengths=(frames,), num_tokens=(1,), slots=nowhere, rows=nowhere)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Slots:
     """Where each frame of each chunk lies, on the host.
 
-    A chunk of f frames takes a slot of ceil(f / stride) * stride. Slots begin at multiples of the stride, so after k
-    halvings position p still belongs to the same slot, and it is real where its frame p * 2**k was: `[::2]` carries all
-    arrays to the next level, and the last level has no padding left.
+    A chunk of f frames takes a slot of ceil(f / per_token) * per_token, where per_token = stride * shuffle. Slots begin
+    at multiples of the stride, so after k halvings position p still belongs to the same slot, and it is real where its
+    frame p * 2**k was: `[::2]` carries all arrays to the next level. With shuffle 1 the last level has no padding left;
+    otherwise the slot's last positions are silence that belongs to the chunk.
 
     Attributes:
         offsets: (L,) int64 position of each frame in its slot.
@@ -124,12 +128,12 @@ class Slots:
     num_tokens: list[int]
 
     @classmethod
-    def of_clips(cls, lengths: Sequence[int], chunk_frames: int, stride: int) -> Slots:
+    def of_clips(cls, lengths: Sequence[int], chunk_frames: int, per_token: int) -> Slots:
         """Cuts clips of `lengths` frames into chunks of at most `chunk_frames` and gives each a slot."""
         cuts = [min(chunk_frames, length - start) for length in lengths for start in range(0, length, chunk_frames)]
         frames = np.array(cuts, dtype=np.int64)
-        num_tokens = -(-frames // stride)
-        sizes = num_tokens * stride
+        num_tokens = -(-frames // per_token)
+        sizes = num_tokens * per_token
         offsets = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         return cls(offsets=offsets, real=offsets < np.repeat(frames, sizes), num_tokens=num_tokens.tolist())
 

@@ -30,7 +30,9 @@ class AudioEncoderConfig(StrictModel):
     num_mels: int = Field(default=80, ge=1)
     """M: mel bins per frame."""
     stride: int = Field(default=8, ge=2)
-    """Frames per embedding: a power of two, one convolution of stride 2 for each doubling."""
+    """Frames per position of the sound transformer: a power of two, one convolution of stride 2 for each doubling."""
+    shuffle: int = Field(default=1, ge=1)
+    """r: neighbouring positions that are merged into one embedding behind the transformer, the pixel shuffle of sound."""
     width: int = Field(default=384, ge=2)
     """Channels of the convolutions and of the transformer; even."""
     depth: int = Field(default=4, ge=1)
@@ -50,9 +52,9 @@ class AudioEncoderConfig(StrictModel):
             raise ValueError(f"num_heads {self.num_heads} does not divide width {self.width}")
         if self.width % 2:
             raise ValueError(f"width {self.width} is odd: the sinusoidal positions need sine and cosine pairs")
-        if self.chunk_frames < self.stride:
+        if self.chunk_frames < self.frames_per_token:
             raise ValueError(
-                f"chunk_seconds {self.chunk_seconds} is shorter than one embedding: {self.stride} frames of "
+                f"chunk_seconds {self.chunk_seconds} is shorter than one embedding: {self.frames_per_token} frames of "
                 f"{self.hop_length} samples"
             )
         return self
@@ -61,7 +63,12 @@ class AudioEncoderConfig(StrictModel):
     def chunk_frames(self) -> int:
         """Frames of a full chunk: a multiple of `stride`, so cutting a clip adds no embedding."""
         frames = round(self.chunk_seconds * self.sample_rate) // self.hop_length
-        return frames - frames % self.stride
+        return frames - frames % self.frames_per_token
+
+    @property
+    def frames_per_token(self) -> int:
+        """Frames that become one embedding."""
+        return self.stride * self.shuffle
 
 
 class AudioPreprocessor:
@@ -91,7 +98,7 @@ class AudioPreprocessor:
                 "bad_audio", f"{int((~torch.isfinite(waveform)).sum())} of {len(waveform)} samples not finite"
             )
         frames = log_mel(resample(waveform.float(), rate, self.config.sample_rate), self.config)
-        return MediaItem(kind="audio", values=frames, num_tokens=-(-len(frames) // self.config.stride))
+        return MediaItem(kind="audio", values=frames, num_tokens=-(-len(frames) // self.config.frames_per_token))
 
     def num_tokens(self, num_samples: np.ndarray, sample_rates: np.ndarray) -> np.ndarray:
         """Embeddings that clips of `num_samples` samples at `sample_rates` Hz become: (n,) and (n,) -> (n,) int64.
@@ -102,7 +109,7 @@ class AudioPreprocessor:
         num_samples, sample_rates = np.asarray(num_samples, np.int64), np.asarray(sample_rates, np.int64)
         resampled = -(-num_samples * config.sample_rate // sample_rates)
         frames = -(-np.maximum(resampled, config.n_fft) // config.hop_length)
-        return np.where(num_samples > 0, -(-frames // config.stride), 0)
+        return np.where(num_samples > 0, -(-frames // config.frames_per_token), 0)
 
 
 def resample(waveform: Tensor, rate: int, new_rate: int) -> Tensor:

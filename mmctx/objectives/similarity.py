@@ -131,7 +131,7 @@ class SimilarityLoss(nn.Module):
         """See `ModelHalf`."""
         embeddings = {view: self.embed(hidden, positions) for view, positions in batch.pooled.items()}
         scale = self.logit_scale.clamp(max=math.log(self.config.max_scale)).exp()
-        total = (hidden * 0).sum() + (self.projection.weight * 0).sum() + (self.logit_scale * 0).sum()
+        parts = []
         for a, b in self.config.pairs:
             if a not in embeddings or b not in embeddings:
                 continue
@@ -140,9 +140,11 @@ class SimilarityLoss(nn.Module):
                 continue
             rows_a, rows_b = (torch.from_numpy(rows).to(hidden.device, non_blocking=True) for rows in (in_a, in_b))
             scores = scale * embeddings[a] @ embeddings[b].T  # (P_a, P_b)
-            total = total + F.cross_entropy(scores[rows_a], rows_b, reduction="sum")
-            total = total + F.cross_entropy(scores.T[rows_b], rows_a, reduction="sum")
-        return LossSum(total, self.count(batch))
+            parts.append(F.cross_entropy(scores[rows_a], rows_b, reduction="sum"))
+            parts.append(F.cross_entropy(scores.T[rows_b], rows_a, reduction="sum"))
+        if not parts:  # still part of the graph, so that every rank has a gradient for every parameter
+            parts = [(part * 0).sum() for part in (hidden, self.projection.weight, self.logit_scale)]
+        return LossSum(torch.stack(parts).sum(), self.count(batch))
 
 
 def matching_rows(a: Sequence[int], b: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

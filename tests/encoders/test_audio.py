@@ -21,12 +21,12 @@ def config(**changes) -> AudioEncoderConfig:
     return AudioEncoderConfig(**{"num_mels": 12, "width": 16, "depth": 2, "num_heads": 2, **changes})
 
 
-def batch_of(clips: list[torch.Tensor], stride: int = 8) -> MediaBatch:
+def batch_of(clips: list[torch.Tensor], per_token: int = 8) -> MediaBatch:
     nowhere = torch.zeros(0, dtype=torch.int64)
     return MediaBatch(
         values=torch.cat(clips),
         lengths=tuple(len(clip) for clip in clips),
-        num_tokens=tuple(-(-len(clip) // stride) for clip in clips),
+        num_tokens=tuple(-(-len(clip) // per_token) for clip in clips),
         slots=nowhere,
         rows=nowhere,
     )
@@ -38,14 +38,19 @@ def noise(num_samples: int, seed: int = 0) -> torch.Tensor:
 
 class TestPreprocessor:
     @settings(deadline=None, max_examples=40)
-    @given(num_samples=st.integers(1, 12_000), rate=st.sampled_from(RATES), stride=st.sampled_from([2, 8, 16]))
-    def test_any_clip_becomes_the_predicted_number_of_tokens(self, num_samples, rate, stride):
-        made = config(stride=stride)
+    @given(
+        num_samples=st.integers(1, 12_000),
+        rate=st.sampled_from(RATES),
+        stride=st.sampled_from([2, 8, 16]),
+        shuffle=st.integers(1, 3),
+    )
+    def test_any_clip_becomes_the_predicted_number_of_tokens(self, num_samples, rate, stride, shuffle):
+        made = config(stride=stride, shuffle=shuffle)
         preprocess = AudioPreprocessor(made)
         item = preprocess(noise(num_samples), rate)
         assert item.num_tokens == preprocess.num_tokens(np.array([num_samples]), np.array([rate]))[0]
         encoder = AudioEncoder(made, dim=4)
-        batch = batch_of([item.values], stride)
+        batch = batch_of([item.values], stride * shuffle)
         assert encoder(batch).shape == (item.num_tokens, 4)
 
     def test_num_tokens_is_vectorised_and_counts_empty_clips_as_zero(self):
@@ -91,16 +96,18 @@ class TestPreprocessor:
 class TestEncoder:
     @pytest.mark.parametrize("stride", [2, 4, 8])
     @pytest.mark.parametrize("order", ["up", "down"])
-    def test_packed_clips_equal_each_clip_alone(self, stride, order):
+    @pytest.mark.parametrize("shuffle", [1, 3])
+    def test_packed_clips_equal_each_clip_alone(self, stride, order, shuffle):
         torch.manual_seed(0)
-        encoder = AudioEncoder(config(stride=stride), dim=6).double()
+        per_token = stride * shuffle
+        encoder = AudioEncoder(config(stride=stride, shuffle=shuffle), dim=6).double()
         lengths = range(1, 41) if order == "up" else range(40, 0, -1)
         clips = [torch.randn(length, 12, dtype=torch.float64, requires_grad=True) for length in lengths]
         wanted = [*encoder.parameters(), *clips]
-        together = encoder(batch_of(clips, stride))
+        together = encoder(batch_of(clips, per_token))
         weights = torch.randn_like(together)
         grads = torch.autograd.grad((together * weights).sum(), wanted)
-        alone = torch.cat([encoder(batch_of([clip], stride)) for clip in clips])
+        alone = torch.cat([encoder(batch_of([clip], per_token)) for clip in clips])
         grads_alone = torch.autograd.grad((alone * weights).sum(), wanted)
         torch.testing.assert_close(together, alone, rtol=0, atol=1e-10)
         torch.testing.assert_close(grads, grads_alone, rtol=0, atol=1e-10)
@@ -111,7 +118,7 @@ class TestEncoder:
         torch.manual_seed(0)
         encoder = AudioEncoder(config(stride=stride), dim=6).double()
         clips = [torch.randn(length, 12, dtype=torch.float64) for length in range(1, 41)]
-        slots = Slots.of_clips([len(clip) for clip in clips], chunk_frames=64, stride=stride)
+        slots = Slots.of_clips([len(clip) for clip in clips], chunk_frames=64, per_token=stride)
         ours = encoder.embed_frames(torch.cat(clips), slots)
         theirs = []
         for clip in clips:
@@ -119,7 +126,7 @@ class TestEncoder:
             for conv in encoder.convs:
                 weight = conv.linear.weight.unflatten(1, (3, -1)).transpose(1, 2)
                 x = torch.nn.functional.gelu(torch.conv1d(x, weight, conv.linear.bias, stride=2, padding=1))
-            theirs.append(x[0].T + encoder.positions[: x.shape[2]])
+            theirs.append(encoder.stem_norm(x[0].T) + encoder.positions[: x.shape[2]])
         torch.testing.assert_close(ours, torch.cat(theirs), rtol=0, atol=1e-10)
 
     def test_long_clips_are_cut_into_chunks_that_stand_alone(self):
@@ -136,7 +143,7 @@ class TestEncoder:
 
     @given(lengths=st.lists(st.integers(1, 100), min_size=1, max_size=6), stride=st.sampled_from([2, 8]))
     def test_slots_hold_every_frame_once(self, lengths, stride):
-        slots = Slots.of_clips(lengths, chunk_frames=32, stride=stride)
+        slots = Slots.of_clips(lengths, chunk_frames=32, per_token=stride)
         assert slots.real.sum() == sum(lengths)
         assert len(slots.real) == stride * sum(slots.num_tokens)
         assert sum(slots.num_tokens) == sum(-(-length // stride) for length in lengths)
@@ -157,8 +164,8 @@ class TestEncoder:
 
     def test_a_batch_made_for_another_encoder_is_refused(self):
         encoder = AudioEncoder(config(), dim=6)
-        with pytest.raises(DataError, match=r"20 frames become 3 embeddings at stride 8, but the batch has room for 5"):
-            encoder(batch_of([torch.zeros(20, 12)], stride=4))
+        with pytest.raises(DataError, match=r"20 frames become 3 embeddings of 8 frames, but the batch has room for 5"):
+            encoder(batch_of([torch.zeros(20, 12)], per_token=4))
         with pytest.raises(DataError, match=r"\(20, 12\) frames, found \(20, 80\)"):
             encoder(batch_of([torch.zeros(20, 80)]))
 
