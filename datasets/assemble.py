@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -46,11 +47,15 @@ class RunData:
             for source, config in self.dataset.sources
             if objective in config.objectives
         ]
-        whole = self.dataset
-        return _tabulated(
-            self.config,
-            PackedDataset(kept, whole.preprocessors, whole.objectives, whole.tokenizer, whole.seed, whole.cache_mb),
-        )
+        return _tabulated(self.config, self.dataset.with_sources(kept))
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the content of shards and tokenizer: what a plan depends on beside the configuration, wherever the files lie."""
+        digest = hashlib.blake2b(self.tokenizer.fingerprint.encode(), digest_size=8)
+        for source, _ in self.dataset.sources:
+            digest.update(f"{source.name}:{[shard.content_hash for shard in source.shards]}".encode())
+        return digest.hexdigest()
 
 
 def build_preprocessors(config: ModelConfig) -> Preprocessors:

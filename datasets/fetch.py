@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -61,7 +63,7 @@ class PackedDataset(Dataset[PackedBatch]):
                     )
         self.sources, self.preprocessors, self.objectives = list(sources), preprocessors, dict(objectives)
         self.tokenizer, self.seed, self.cache_mb = tokenizer, seed, cache_mb
-        self._cache: dict[tuple[int, int], Sample] = {}
+        self._cache: dict[tuple[str, int], Sample] = {}  # by source and sample
         self._cache_room = cache_mb << 20
 
     def __getitem__(self, bin: Bin) -> PackedBatch:
@@ -76,7 +78,8 @@ class PackedDataset(Dataset[PackedBatch]):
                 skips.append(
                     Skip(source=source.name, shard=str(shard), key=key, reason=error.reason, detail=error.detail)
                 )
-        return pack_documents(documents or [self._nothing()], self.tokenizer.placeholder_ids, skips)
+        used = len(bin.samples) - len(skips)
+        return pack_documents(documents or [self._nothing()], self.tokenizer.placeholder_ids, skips, used)
 
     def documents(self, source_number: int, sample_id: int, epoch: int) -> list[Document]:
         """All documents of one sample, of every objective of its source.
@@ -95,14 +98,20 @@ class PackedDataset(Dataset[PackedBatch]):
             found += documents
         return found
 
+    def with_sources(self, sources: Sequence[tuple[Source, SourceConfig]]) -> PackedDataset:
+        """Other objectives or fewer sources over the same shards; what was decoded already is shared."""
+        other = PackedDataset(sources, self.preprocessors, self.objectives, self.tokenizer, self.seed, self.cache_mb)
+        other._cache, other._cache_room = self._cache, self._cache_room
+        return other
+
     def _sample(self, source_number: int, sample_id: int) -> Sample:
         """The decoded sample, from the cache if it is there. What no longer fits is decoded anew each time: a set is read round and round,
         so making room would only throw out what is wanted next.
         """
-        known = self._cache.get((source_number, sample_id))
+        source, config = self.sources[source_number]
+        known = self._cache.get((source.name, sample_id))
         if known is not None:
             return known
-        source, config = self.sources[source_number]
         sample = decode_sample(
             source.read(sample_id),
             source=source.name,
@@ -113,7 +122,7 @@ class PackedDataset(Dataset[PackedBatch]):
             make_audio=self.preprocessors.audio,
         )
         if (size := sample.num_bytes) <= self._cache_room:
-            self._cache[source_number, sample_id] = sample
+            self._cache[source.name, sample_id] = sample
             self._cache_room -= size
         return sample
 
@@ -170,9 +179,10 @@ class StepSampler(Sampler[Bin]):
     def __init__(self, plan: Plan, first_step: int, last_step: int, rank: int = 0, world_size: int = 1) -> None:
         bins = plan.config.bins_per_step
         if bins % world_size:
-            enough = -(-bins // world_size) * world_size
+            fitting = [count for count in range(1, bins + 1) if bins % count == 0]
             raise ConfigError(
-                f"data.bins_per_step={bins} is not a multiple of the {world_size} processes; set it to {enough}"
+                f"data.bins_per_step={bins} cannot be shared out evenly among {world_size} processes; start "
+                f"{' or '.join(map(str, fitting))} of them, or a new run with data.bins_per_step={-(-bins // world_size) * world_size}"
             )
         self.plan, self.first_step, self.last_step = plan, first_step, last_step
         self.rank, self.world_size = rank, world_size
@@ -185,9 +195,7 @@ class StepSampler(Sampler[Bin]):
         return (self.last_step - self.first_step) * self.plan.config.bins_per_step // self.world_size
 
 
-def make_loader(
-    dataset: PackedDataset, bins: Sampler[Bin] | Sequence[Bin], config: DataConfig, pin_memory: bool = False
-) -> DataLoader:
+def make_loader(dataset: PackedDataset, bins: Sampler[Bin] | Sequence[Bin], config: DataConfig) -> DataLoader:
     """A standard DataLoader over bins. It never goes through `accelerator.prepare`, which would shard it a second time."""
     return DataLoader(
         dataset,
@@ -195,6 +203,11 @@ def make_loader(
         sampler=bins,
         num_workers=config.num_workers,
         prefetch_factor=config.prefetch if config.num_workers else None,
-        persistent_workers=False,
-        pin_memory=pin_memory,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_ignore_interrupts,
     )
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal; workers must live until the run has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

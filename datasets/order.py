@@ -16,8 +16,8 @@ _ROUNDS = 6  # four make a strong permutation of random functions (Luby and Rack
 
 def derive_key(*parts: object) -> int:
     """A 64-bit key from (run seed, purpose, number, ...): how everything random in the data path is seeded."""
-    text = "\x1f".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    text = "\x1f".join(str(part) for part in parts).encode("utf-8", "surrogateescape")  # keys of tars may be any bytes
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
 def permute(positions: np.ndarray, size: int, key: int) -> np.ndarray:

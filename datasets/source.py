@@ -150,7 +150,8 @@ class Source:
         path, key = str(shard.path), shard.keys[local].decode("utf-8", "surrogateescape")
         entry = shard.samples[local]
         offset, size = int(entry["offset"]), int(entry["size"])
-        data = os.pread(self._open(path).fileno(), size, offset)
+        file = self._open(path)  # held until the read is over: another thread may evict it meanwhile
+        data = os.pread(file.fileno(), size, offset)
         if len(data) != size:
             raise DataError(
                 f"{path}: offset {offset}: sample {key!r} should have {size} bytes, found {len(data)}; {_STALE}"

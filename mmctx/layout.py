@@ -5,7 +5,7 @@ Shapes: T tokens, N documents.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -45,7 +45,7 @@ class DocumentLayout:
             )
         if not 0 <= num_causal <= len(lengths):
             raise ValueError(f"num_causal={num_causal} is outside 0..{len(lengths)}, the number of documents")
-        cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+        cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
         return cls(cu_seqlens=cu_seqlens, lengths=lengths, num_causal=num_causal)
 
     @property
@@ -63,10 +63,6 @@ class DocumentLayout:
         """Tokens of the causal documents: they fill positions `[0, num_causal_tokens)`."""
         return sum(self.lengths[: self.num_causal])
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> DocumentLayout:
-        """The same layout on another device."""
-        return DocumentLayout(
-            cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking),
-            lengths=self.lengths,
-            num_causal=self.num_causal,
-        )
+    def with_tensors(self, change: Callable[[Tensor], Tensor]) -> DocumentLayout:
+        """The same layout with its tensors moved or pinned by `change`; caches do not come along."""
+        return DocumentLayout(cu_seqlens=change(self.cu_seqlens), lengths=self.lengths, num_causal=self.num_causal)

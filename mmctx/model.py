@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from mmctx.config import StrictModel
@@ -17,6 +16,7 @@ from mmctx.errors import ConfigError
 from mmctx.kv_cache import KVCache
 from mmctx.layout import DocumentLayout
 from mmctx.objectives import AnyObjective, LossSum, build_model_halves
+from mmctx.objectives.captioning import TokenLoss
 from mmctx.pack import MediaBatch, PackedBatch
 from mmctx.transformer import Transformer, TransformerConfig
 
@@ -55,8 +55,12 @@ class MmctxModel(nn.Module):
             {kind: ENCODERS[kind](part, width) for kind in ENCODERS if (part := getattr(config, kind)) is not None}
         )
         self.trunk = Transformer(config.transformer)
-        self.head = None if config.transformer.tie_embeddings else nn.Linear(width, num_rows, bias=False)
         self.objectives = build_model_halves(objectives, width)
+        # Without an objective that predicts tokens an untied head would never get a gradient, which DDP does not allow.
+        untied = not config.transformer.tie_embeddings and any(
+            isinstance(m, TokenLoss) for m in self.objectives.values()
+        )
+        self.head = nn.Linear(width, num_rows, bias=False) if untied else None
 
     @property
     def head_weight(self) -> Tensor:
@@ -75,8 +79,9 @@ class MmctxModel(nn.Module):
             if media is not None:
                 rows = encoder(media).to(embeddings.dtype)  # (R, D)
                 embeddings = embeddings.index_copy(0, media.slots, rows.index_select(0, media.rows))
-            elif self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
-                # other ranks may have some: an encoder that sat out here would leave their gradient reduction hanging
+            elif self.training:
+                # Other ranks may have some: an encoder that sat out here would leave their gradient reduction hanging. Alone, too, so that
+                # the optimizer sees zeros rather than no gradient, whatever the number of ranks.
                 nothing: MediaBatch = encoder.empty_batch(embeddings.device)  # type: ignore[operator]
                 embeddings = embeddings + encoder(nothing).sum().to(embeddings.dtype) * 0
         return embeddings

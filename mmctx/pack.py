@@ -5,7 +5,7 @@ Shapes: T tokens, N documents, P pooled positions, S media slots, I items of one
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -106,8 +106,8 @@ class PackedBatch:
         layout: document boundaries (`cu_seqlens`, host lengths, `num_causal`).
         objectives: objective of each document, on the host, in the order of the layout.
         label_positions: per objective, (K,) int64 positions that carry a label: heads are evaluated nowhere else.
-        pooled: per view, (P,) int64 positions of embeddings.
-        pairs: per view, the sample that each embedding belongs to, on the host.
+        pooled: per `OBJECTIVE/VIEW`, (P,) int64 positions of embeddings.
+        pairs: per `OBJECTIVE/VIEW`, the sample that each embedding belongs to, on the host.
         media: per modality, its different items. A modality that no document uses has no entry.
         keys: the sample's key of each document, on the host.
         skips: samples that the plan named and that could not be used.
@@ -134,31 +134,30 @@ class PackedBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
         """The same batch on another device."""
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=non_blocking)
+    def pin_memory(self) -> PackedBatch:
+        """The same batch in page-locked memory, from where copies to a GPU do not wait; DataLoader calls this."""
+        return self._with_tensors(Tensor.pin_memory)
 
-        def move_all(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {name: move(tensor) for name, tensor in tensors.items()}
-
-        media = {
-            kind: replace(m, values=move(m.values), slots=move(m.slots), rows=move(m.rows))
-            for kind, m in self.media.items()
-        }
+    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
         return replace(
             self,
-            input_ids=move(self.input_ids),
-            labels=move(self.labels),
-            position_ids=move(self.position_ids),
-            layout=self.layout.to(device, non_blocking=non_blocking),
-            label_positions=move_all(self.label_positions),
-            pooled=move_all(self.pooled),
-            media=media,
+            input_ids=change(self.input_ids),
+            labels=change(self.labels),
+            position_ids=change(self.position_ids),
+            layout=self.layout.with_tensors(change),
+            label_positions={name: change(positions) for name, positions in self.label_positions.items()},
+            pooled={name: change(positions) for name, positions in self.pooled.items()},
+            media={
+                kind: replace(m, values=change(m.values), slots=change(m.slots), rows=change(m.rows))
+                for kind, m in self.media.items()
+            },
         )
 
 
 def pack_documents(
-    documents: Sequence[Document], placeholder_ids: Mapping[str, int], skips: Sequence[Skip] = ()
+    documents: Sequence[Document], placeholder_ids: Mapping[str, int], skips: Sequence[Skip] = (), num_samples: int = 0
 ) -> PackedBatch:
     """Lays documents end to end, causal ones first, and records where everything is.
 
@@ -166,6 +165,7 @@ def pack_documents(
         documents: at least one.
         placeholder_ids: modality -> token id that its slots hold.
         skips: samples that were left out, carried along for the ledger.
+        num_samples: samples that the documents were made from.
 
     Raises:
         DataError: a document's placeholders do not match its media, naming the sample's key and both numbers.
@@ -190,7 +190,7 @@ def pack_documents(
         media={kind: batch for kind in MODALITIES if (batch := _media_batch(kind, documents, starts)) is not None},
         keys=tuple(d.key for d in documents),
         skips=tuple(skips),
-        num_samples=len({d.key for d in documents}),
+        num_samples=num_samples,
         **_views(documents, starts),
     )
 
@@ -227,11 +227,12 @@ def _views(documents: Sequence[Document], starts: np.ndarray) -> dict[str, dict]
     pairs: dict[str, list[int]] = {}
     for document, start in zip(documents, starts, strict=True):
         if document.pooled is not None and document.view is not None:
-            pooled.setdefault(document.view, []).append(int(start) + document.pooled)
-            pairs.setdefault(document.view, []).append(document.pair)
+            name = f"{document.objective}/{document.view}"
+            pooled.setdefault(name, []).append(int(start) + document.pooled)
+            pairs.setdefault(name, []).append(document.pair)
     return {
-        "pooled": {view: torch.tensor(positions) for view, positions in pooled.items()},
-        "pairs": {view: tuple(samples) for view, samples in pairs.items()},
+        "pooled": {name: torch.tensor(positions) for name, positions in pooled.items()},
+        "pairs": {name: tuple(samples) for name, samples in pairs.items()},
     }
 
 

@@ -41,9 +41,8 @@ class TextTokenizer:
             )
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path))
         self.path = str(path)
-        self.num_text_tokens = len(tokenizer)
-        """Ids below this number belong to the tokenizer as it came."""
-        tokenizer.add_special_tokens({"additional_special_tokens": [*PLACEHOLDERS.values(), MASK, EMBED]})
+        ours = [*PLACEHOLDERS.values(), MASK, EMBED]
+        tokenizer.add_special_tokens({"additional_special_tokens": ours}, replace_extra_special_tokens=False)
         if tokenizer.eos_token is None:
             tokenizer.add_special_tokens({"eos_token": EOS})
         self.hf: PreTrainedTokenizerFast = tokenizer
@@ -54,13 +53,22 @@ class TextTokenizer:
         self.eos_id = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
 
     def __len__(self) -> int:
-        return len(self.hf)
+        """One more than the largest id: vocabularies may have holes."""
+        return max(self.hf.get_vocab().values()) + 1
+
+    @cached_property
+    def is_word(self) -> np.ndarray:
+        """(len,) bool, true for ids of ordinary text: neither a special token nor a hole in the vocabulary."""
+        table = np.zeros(len(self), dtype=bool)
+        table[list(self.hf.get_vocab().values())] = True
+        table[[id for id, token in self.hf.added_tokens_decoder.items() if token.special]] = False
+        table[[*self.placeholder_ids.values(), self.mask_id, self.embed_id, self.eos_id]] = False
+        return table
 
     @cached_property
     def word_ids(self) -> np.ndarray:
-        """(V',) int64, ids of ordinary text: everything but special tokens. Masked LM draws its replacements from here."""
-        special = {*self.hf.all_special_ids, *self.placeholder_ids.values(), self.mask_id, self.embed_id, self.eos_id}
-        return np.array([i for i in range(self.num_text_tokens) if i not in special], dtype=np.int64)
+        """Ids of ordinary text, (V',) int64. Masked LM draws its replacements from here."""
+        return np.flatnonzero(self.is_word)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -72,12 +80,6 @@ class TextTokenizer:
         return np.asarray(
             self.hf(text, add_special_tokens=False, split_special_tokens=True)["input_ids"], dtype=np.int64
         )
-
-    def count(self, texts: list[str]) -> list[int]:
-        """Number of ids of each text."""
-        if not texts:
-            return []
-        return [len(ids) for ids in self.hf(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]]  # type: ignore[union-attr]
 
     def decode(self, ids: list[int] | np.ndarray) -> str:
         """Text of `ids`, special tokens left out."""

@@ -155,11 +155,12 @@ class _Rotate(torch.autograd.Function):
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    (first, second), (out_first, out_second) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+    exact = x.to(cos.dtype)  # angles rounded to bf16 would blur positions in a long context
+    out = torch.empty_like(exact, memory_format=torch.contiguous_format)
+    (first, second), (out_first, out_second) = exact.chunk(2, dim=-1), out.chunk(2, dim=-1)
     torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
     torch.mul(second, cos, out=out_second).addcmul_(first, sin)
-    return out
+    return out.to(x.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -233,6 +234,9 @@ class Transformer(nn.Module):
         self.config = config
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
         self.norm = config.make_norm(config.width)
+        # no buffer: `model.bfloat16()` must not round them
+        self.frequencies, self.rope_scale = rope_frequencies(config.rope, config.head_width)
+        self._frequencies: dict[torch.device, Tensor] = {}
         self.apply(self._initialise)
 
     def _initialise(self, module: nn.Module) -> None:
@@ -247,11 +251,13 @@ class Transformer(nn.Module):
                 nn.init.normal_(out.weight, std=0.02 / math.sqrt(2 * self.config.depth))
 
     def rope(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (T, 1, d / 2) of positions (T,)."""
-        frequencies, scale = rope_frequencies(self.config.rope, self.config.head_width)
+        """Cosines and sines (T, 1, d / 2) of positions (T,), in float32 at least."""
         precision = torch.float64 if dtype == torch.float64 else torch.float32
-        angles = position_ids.to(precision)[:, None, None] * frequencies.to(position_ids.device, precision)
-        return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+        if position_ids.device not in self._frequencies:  # copied to a device once: copies wait for it
+            self._frequencies[position_ids.device] = self.frequencies.to(position_ids.device)
+        frequencies = self._frequencies[position_ids.device].to(precision)
+        angles = position_ids.to(precision)[:, None, None] * frequencies
+        return angles.cos() * self.rope_scale, angles.sin() * self.rope_scale
 
     def forward(
         self, embeddings: Tensor, position_ids: Tensor, layout: DocumentLayout, cache: KVCache | None = None
@@ -264,12 +270,7 @@ class Transformer(nn.Module):
             layout: document boundaries.
             cache: keys and values of earlier calls, for generation.
         """
-        dtype = (
-            torch.get_autocast_dtype(embeddings.device.type)
-            if torch.is_autocast_enabled(embeddings.device.type)
-            else None
-        )
-        rope = self.rope(position_ids, dtype or embeddings.dtype)
+        rope = self.rope(position_ids, embeddings.dtype)
         x = embeddings
         for block in self.blocks:
             if self.config.checkpoint_activations and self.training:

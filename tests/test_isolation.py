@@ -29,7 +29,6 @@ def pack(data: RunData, documents: list[Document]) -> PackedBatch:
     return pack_documents(documents, data.tokenizer.placeholder_ids)
 
 
-@pytest.mark.slow
 def test_hidden_states_of_a_document_do_not_depend_on_its_neighbours(run) -> None:
     model, data, documents = run
     batch = pack(data, documents)
@@ -47,7 +46,6 @@ def test_hidden_states_of_a_document_do_not_depend_on_its_neighbours(run) -> Non
             torch.testing.assert_close(head.embed(hidden, place), head.embed(alone, place), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["captioning", "masked_lm"])
 def test_loss_and_gradients_are_the_sum_over_documents(run, objective: str) -> None:
     model, data, documents = run
@@ -61,7 +59,6 @@ def test_loss_and_gradients_are_the_sum_over_documents(run, objective: str) -> N
     compare(grads, gradients(model, total))
 
 
-@pytest.mark.slow
 def test_similarity_is_that_of_separately_encoded_views(run) -> None:
     model, data, documents = run
     packed = model(pack(data, documents))["similarity"]

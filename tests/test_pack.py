@@ -79,5 +79,8 @@ def test_views_keep_positions_and_pairs() -> None:
         [document([1, 2], pooled=1, view="text0", pair=7), document([3], causal=False, pooled=0, view="image", pair=7)],
         PLACEHOLDERS,
     )
-    assert {view: positions.tolist() for view, positions in batch.pooled.items()} == {"text0": [1], "image": [2]}
-    assert batch.pairs == {"text0": (7,), "image": (7,)}
+    assert {view: positions.tolist() for view, positions in batch.pooled.items()} == {
+        "o/text0": [1],
+        "o/image": [2],
+    }
+    assert batch.pairs == {"o/text0": (7,), "o/image": (7,)}

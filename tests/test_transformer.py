@@ -76,6 +76,8 @@ def test_equals_transformers(family: str, options: dict) -> None:
     [
         ({}, {"rope_type": "default"}),
         ({"scaling": "linear", "factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        # Transformers' dynamic NTK at twice its context: (2 * 2 - 1) times longer
+        ({"scaling": "ntk", "factor": 3.0}, {"rope_type": "dynamic", "factor": 2.0}),
         (
             {"scaling": "yarn", "factor": 8.0, "original_context": 256},
             {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 256},
@@ -93,7 +95,7 @@ def test_rotary_frequencies_equal_transformers(ours: dict, theirs: dict) -> None
     if theirs["rope_type"] == "default":
         want, scale = 50_000.0 ** -(torch.arange(0, 64, 2).double() / 64), 1.0
     else:
-        want, scale = ROPE_INIT_FUNCTIONS[theirs["rope_type"]](config, "cpu")
+        want, scale = ROPE_INIT_FUNCTIONS[theirs["rope_type"]](config, "cpu", seq_len=2 * 2048)
     got, our_scale = rope_frequencies(RopeConfig(base=50_000.0, **ours), 64)
     torch.testing.assert_close(got, want.double(), rtol=1e-6, atol=1e-9)
     assert our_scale == pytest.approx(scale)

@@ -92,6 +92,17 @@ def token_counts(tokenizer_counts: np.ndarray, extra: int | np.ndarray) -> np.nd
     return np.where(tokenizer_counts > 0, tokenizer_counts + extra, 0)
 
 
+def text_column(sizes: SampleSizes, number: int) -> np.ndarray:
+    """(n,) token counts of text `number`; -1 throughout where the source declares fewer texts."""
+    return sizes.text_tokens[:, number] if number < sizes.text_tokens.shape[1] else np.full(len(sizes), -1)
+
+
+def text_of(sample: Sample, number: int) -> np.ndarray | None:
+    """Ids of text `number`; None where the sample has none, or none of any length."""
+    text = sample.texts[number] if number < len(sample.texts) else None
+    return text if text is not None and len(text) else None
+
+
 __all__ = [
     "DataHalf",
     "LossSum",
@@ -101,5 +112,7 @@ __all__ = [
     "ids",
     "lay_out",
     "next_token_labels",
+    "text_column",
+    "text_of",
     "token_counts",
 ]

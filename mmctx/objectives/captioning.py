@@ -9,9 +9,19 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
+from pydantic import Field
 from torch import Tensor, nn
 
-from mmctx.objectives.base import LossSum, ObjectiveConfig, ids, lay_out, next_token_labels, token_counts
+from mmctx.objectives.base import (
+    LossSum,
+    ObjectiveConfig,
+    ids,
+    lay_out,
+    next_token_labels,
+    text_column,
+    text_of,
+    token_counts,
+)
 from mmctx.objectives.linear_cross_entropy import linear_cross_entropy
 from mmctx.pack import Document, PackedBatch
 from mmctx.sample import Sample, SampleSizes
@@ -22,7 +32,7 @@ class CaptioningConfig(ObjectiveConfig):
     """Next-token prediction on text after pictures, sounds and text."""
 
     kind: Literal["captioning"] = "captioning"
-    text: int = 0
+    text: int = Field(0, ge=0)
     """Which of the source's `texts` is predicted."""
 
 
@@ -34,20 +44,20 @@ class Captioning:
 
     def lengths(self, sizes: SampleSizes) -> np.ndarray:
         """(n, 2): picture's and clip's document; text alone and interleaved documents stand in column 0."""
-        text = sizes.text_tokens[:, self.config.text]
+        text = text_column(sizes, self.config.text)
         media = np.stack([sizes.image_tokens, sizes.audio_tokens], axis=1)  # (n, 2)
         captions = np.where(media > 0, token_counts(text, 1)[:, None] + media, 0)
         captions[text <= 0] = 0
         captions[:, 0] = np.where((media == 0).all(axis=1), token_counts(text, 1), captions[:, 0])
-        whole = np.where(sizes.interleaved, np.maximum(sizes.text_tokens[:, 0], 0) + media.sum(axis=1) + 1, 0)
+        whole = token_counts(np.maximum(sizes.text_tokens[:, 0], 0) + media.sum(axis=1), 1)
         return np.where(sizes.interleaved[:, None], np.stack([whole, np.zeros_like(whole)], axis=1), captions)
 
     def documents(self, sample: Sample, rng: np.random.Generator) -> list[Document]:
         """See `DataHalf`."""
         if sample.segments is not None:
             return [self._document(sample, list(sample.segments))]
-        text = sample.texts[self.config.text]
-        if text is None or not len(text):
+        text = text_of(sample, self.config.text)
+        if text is None:
             return []
         media = [item for item in (sample.image, sample.audio) if item is not None]
         return [self._document(sample, [item, text]) for item in media] or [self._document(sample, [text])]

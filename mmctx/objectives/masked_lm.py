@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from mmctx.objectives.base import ObjectiveConfig, lay_out, token_counts
+from mmctx.objectives.base import ObjectiveConfig, lay_out, text_column, text_of, token_counts
 from mmctx.pack import IGNORE_INDEX, Document
 from mmctx.sample import Sample, SampleSizes
 from mmctx.tokenizer import TextTokenizer
@@ -23,7 +23,7 @@ class MaskedLMConfig(ObjectiveConfig):
     """Share of text tokens to predict; every document has at least one."""
     context: Literal["none", "image", "audio"] = "none"
     """What a plain sample's text is read beside. An interleaved document keeps all its media."""
-    text: int = 0
+    text: int = Field(0, ge=0)
     """Which of the source's `texts` is masked."""
 
 
@@ -38,7 +38,7 @@ class MaskedLM:
         media = {"none": 0 * sizes.image_tokens, "image": sizes.image_tokens, "audio": sizes.audio_tokens}[
             self.config.context
         ]
-        plain = token_counts(sizes.text_tokens[:, self.config.text], media)
+        plain = token_counts(text_column(sizes, self.config.text), media)
         whole = token_counts(sizes.text_tokens[:, 0], sizes.image_tokens + sizes.audio_tokens)
         return np.where(sizes.interleaved, whole, plain)[:, None]
 
@@ -47,7 +47,7 @@ class MaskedLM:
         if sample.segments is not None:
             segments = list(sample.segments)
         else:
-            text = sample.texts[self.config.text]
+            text = text_of(sample, self.config.text)
             beside = {"none": None, "image": sample.image, "audio": sample.audio}[self.config.context]
             segments = [part for part in (beside, text) if part is not None] if text is not None else []
         if not any(isinstance(part, np.ndarray) and len(part) for part in segments):
@@ -58,7 +58,7 @@ class MaskedLM:
 
     def _mask(self, clean: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Hides a share of the ordinary text: 80% become the mask, 10% another word of the vocabulary, 10% stay."""
-        words = np.flatnonzero(np.isin(clean, self.tokenizer.word_ids))
+        words = np.flatnonzero(self.tokenizer.is_word[clean])
         if not len(words):
             return clean.copy(), np.full_like(clean, IGNORE_INDEX)
         chosen = words[rng.random(len(words)) < self.config.rate]

@@ -7,17 +7,18 @@ the loss is the symmetric softmax over all candidates of the bin (InfoNCE, van d
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mmctx.objectives.base import LossSum, ObjectiveConfig, ids, lay_out, token_counts
-from mmctx.pack import IGNORE_INDEX, Document, MediaItem, PackedBatch
+from mmctx.objectives.base import LossSum, ObjectiveConfig, ids, lay_out, text_column, text_of, token_counts
+from mmctx.pack import IGNORE_INDEX, MODALITIES, Document, MediaItem, PackedBatch
 from mmctx.sample import Sample, SampleSizes
 from mmctx.tokenizer import TextTokenizer
 
@@ -36,6 +37,15 @@ class SimilarityConfig(ObjectiveConfig):
     """The learned scale starts at 1 / this, as in CLIP."""
     max_scale: float = Field(100.0, gt=0)
     """The learned scale is capped here."""
+
+    @model_validator(mode="after")
+    def _check(self) -> SimilarityConfig:
+        if not self.pairs:
+            raise ValueError("pairs must name at least one pair of views, for example [[image, text0]]")
+        for view in self.views:
+            if view not in MODALITIES and not re.fullmatch(r"text\d+", view):
+                raise ValueError(f"pairs knows the views image, audio, text0, text1, ..., not {view!r}")
+        return self
 
     @property
     def views(self) -> tuple[str, ...]:
@@ -60,10 +70,7 @@ class Similarity:
         media = {"image": sizes.image_tokens, "audio": sizes.audio_tokens}
         if view in media:
             return token_counts(media[view], 1)
-        column = _text_index(view)
-        if column >= sizes.text_tokens.shape[1]:
-            return np.zeros(len(sizes), dtype=np.int64)
-        return token_counts(sizes.text_tokens[:, column], 1)
+        return token_counts(text_column(sizes, int(view.removeprefix("text"))), 1)
 
     def documents(self, sample: Sample, rng: np.random.Generator) -> list[Document]:
         """See `DataHalf`."""
@@ -89,20 +96,11 @@ class Similarity:
         )
 
 
-def _text_index(view: str) -> int:
-    prefix, index = view[:4], view[4:]
-    if prefix != "text" or not index.isdigit():
-        raise ValueError(f"objectives: similarity knows the views image, audio, text0, text1, ..., not {view!r}")
-    return int(index)
-
-
 def _view(sample: Sample, view: str) -> np.ndarray | MediaItem | None:
     media = {"image": sample.image, "audio": sample.audio}
     if view in media:
         return media[view]
-    index = _text_index(view)
-    text = sample.texts[index] if index < len(sample.texts) else None
-    return text if text is not None and len(text) else None
+    return text_of(sample, int(view.removeprefix("text")))
 
 
 class SimilarityLoss(nn.Module):
@@ -122,32 +120,63 @@ class SimilarityLoss(nn.Module):
 
     def count(self, batch: PackedBatch) -> int:
         """Number of softmaxes: two for every positive pair."""
-        found = [
-            (batch.pairs[a], batch.pairs[b]) for a, b in self.config.pairs if a in batch.pairs and b in batch.pairs
-        ]
-        return sum(2 * len(matching_rows(a, b)[0]) for a, b in found)
+        return sum(2 * len(pair.targets_a) for pair in self._pairs(batch))
 
     def forward(self, hidden: Tensor, batch: PackedBatch, head: Tensor) -> LossSum:
         """See `ModelHalf`."""
-        embeddings = {view: self.embed(hidden, positions) for view, positions in batch.pooled.items()}
         scale = self.logit_scale.clamp(max=math.log(self.config.max_scale)).exp()
+        embeddings = {
+            name: self.embed(hidden, positions)
+            for name, positions in batch.pooled.items()
+            if name.startswith(f"{self.name}/")
+        }
         parts = []
-        for a, b in self.config.pairs:
-            if a not in embeddings or b not in embeddings:
-                continue
-            in_a, in_b = matching_rows(batch.pairs[a], batch.pairs[b])
-            if not len(in_a):
-                continue
-            rows_a, rows_b = (torch.from_numpy(rows).to(hidden.device, non_blocking=True) for rows in (in_a, in_b))
-            scores = scale * embeddings[a] @ embeddings[b].T  # (P_a, P_b)
-            parts.append(F.cross_entropy(scores[rows_a], rows_b, reduction="sum"))
-            parts.append(F.cross_entropy(scores.T[rows_b], rows_a, reduction="sum"))
+        for pair in self._pairs(batch):
+
+            def on_device(rows: np.ndarray) -> Tensor:
+                return torch.from_numpy(rows).to(hidden.device, non_blocking=True)
+
+            a = embeddings[pair.name_a].index_select(0, on_device(pair.rows_a))  # (P_a, E)
+            b = embeddings[pair.name_b].index_select(0, on_device(pair.rows_b))  # (P_b, E)
+            scores = scale * a @ b.T  # (P_a, P_b)
+            to_a, to_b = on_device(pair.targets_a), on_device(pair.targets_b)
+            parts.append(F.cross_entropy(scores.index_select(0, to_a), to_b, reduction="sum"))
+            parts.append(F.cross_entropy(scores.T.index_select(0, to_b), to_a, reduction="sum"))
         if not parts:  # still part of the graph, so that every rank has a gradient for every parameter
             parts = [(part * 0).sum() for part in (hidden, self.projection.weight, self.logit_scale)]
         return LossSum(torch.stack(parts).sum(), self.count(batch))
 
+    def _pairs(self, batch: PackedBatch) -> list[MatchedPair]:
+        named = [(f"{self.name}/{a}", f"{self.name}/{b}") for a, b in self.config.pairs]
+        found = [match(a, b, batch.pairs[a], batch.pairs[b]) for a, b in named if a in batch.pairs and b in batch.pairs]
+        return [pair for pair in found if len(pair.targets_a)]
 
-def matching_rows(a: Sequence[int], b: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers in `a` and in `b` of the pair ids that stand in both."""
+
+class MatchedPair(NamedTuple):
+    """Two views of a batch: which embeddings are candidates, and which of them belong together. Host arrays.
+
+    Attributes:
+        name_a, name_b: the views.
+        rows_a, rows_b: the candidates, one for each sample; a sample that the bin holds twice must not be its own negative.
+        targets_a, targets_b: candidates that are partners, place by place.
+    """
+
+    name_a: str
+    name_b: str
+    rows_a: np.ndarray
+    rows_b: np.ndarray
+    targets_a: np.ndarray
+    targets_b: np.ndarray
+
+
+def match(name_a: str, name_b: str, samples_a: Sequence[int], samples_b: Sequence[int]) -> MatchedPair:
+    """Pairs up the embeddings of two views by the sample that each belongs to."""
+    unique_a, rows_a = np.unique(np.asarray(samples_a), return_index=True)
+    unique_b, rows_b = np.unique(np.asarray(samples_b), return_index=True)
+    return MatchedPair(name_a, name_b, rows_a, rows_b, *matching_rows(unique_a, unique_b))
+
+
+def matching_rows(a: Sequence[int] | np.ndarray, b: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers in `a` and in `b` of the samples that stand in both, place by place; each sample's first row."""
     _, in_a, in_b = np.intersect1d(np.asarray(a), np.asarray(b), return_indices=True)
     return in_a, in_b

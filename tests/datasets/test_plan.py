@@ -89,6 +89,18 @@ def test_even_fit_is_even(sizes: list[int], num_bins: int) -> None:
     assert capacity <= max(max(sizes), 1.15 * sum(sizes) / num_bins + 1)
 
 
+def test_even_fit_packs_tighter_where_emptiest_first_does_not_fit() -> None:
+    sizes = [3, 3, 2, 2, 2]  # emptiest first makes 7 and 5
+    assert even_fit(sizes, 2, capacity=7)[1] == 7
+    bins, fullest = even_fit(sizes, 2, capacity=6)
+    assert fullest == 6
+    assert np.bincount(bins, weights=sizes).tolist() == [6, 6]
+
+
+def test_best_fit_says_when_bins_are_too_few() -> None:
+    assert best_fit([6, 6, 6], 10, num_bins=2) is None
+
+
 def test_deal_shares_cost_evenly() -> None:
     costs = np.random.default_rng(0).lognormal(0, 1, 128)
     hands = costs[deal(costs, 16)].sum(axis=1)
@@ -144,7 +156,9 @@ def test_ranks_share_out_the_same_global_batch(world_size: int) -> None:
 
 
 def test_too_many_ranks_are_refused_with_both_numbers() -> None:
-    with pytest.raises(ConfigError, match=r"bins_per_step=4 is not a multiple of the 3 processes; set it to 6"):
+    with pytest.raises(
+        ConfigError, match=r"bins_per_step=4 .* 3 processes; start 1 or 2 or 4 of them, or .*bins_per_step=6"
+    ):
         StepSampler(make_plan(), 0, 1, 0, 3)
 
 

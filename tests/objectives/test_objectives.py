@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from mmctx.config import build_config
 from mmctx.datasets.assemble import RunData, build_data
+from mmctx.errors import ConfigError
 from mmctx.objectives.base import next_token_labels
 from mmctx.objectives.masked_lm import MaskedLM, MaskedLMConfig
 from mmctx.objectives.similarity import SimilarityConfig, SimilarityLoss
@@ -78,8 +80,13 @@ def test_no_label_is_media_and_none_crosses_a_document(data: RunData, tokenizer:
     batch = pack_documents(documents, tokenizer.placeholder_ids)
     placeholders = list(tokenizer.placeholder_ids.values())
     assert not np.isin(batch.labels.numpy(), placeholders).any()
-    ends = batch.layout.cu_seqlens[1 : batch.layout.num_causal + 1].long() - 1
-    assert (batch.labels[ends] == IGNORE_INDEX).all()  # a causal document's last token has nothing to predict
+    for number, (ids, labels) in enumerate(
+        zip(batch.input_ids.split(batch.layout.lengths), batch.labels.split(batch.layout.lengths), strict=True)
+    ):
+        places = (labels != IGNORE_INDEX).nonzero()[:, 0]
+        if number < batch.layout.num_causal:  # the next token of the same document; the last has nothing to predict
+            assert places.numel() == 0 or places.max() + 1 < len(ids)
+            assert torch.equal(labels[places], ids[places + 1])
     labelled = torch.cat(list(batch.label_positions.values())).sort().values
     assert torch.equal(labelled, (batch.labels != IGNORE_INDEX).nonzero()[:, 0])
 
@@ -148,14 +155,71 @@ def test_similarity_equals_open_clip(tokenizer: TextTokenizer) -> None:
     hidden = torch.randn(24, 16, dtype=torch.float64, requires_grad=True)
     result = loss(hidden, batch, torch.zeros(1, 16))
     assert result.count == loss.count(batch) == 24
-    images = loss.embed(hidden, batch.pooled["image"])
-    texts = loss.embed(hidden, batch.pooled["text0"])[np.argsort(shuffled)]
+    images = loss.embed(hidden, batch.pooled["sim/image"])
+    texts = loss.embed(hidden, batch.pooled["sim/text0"])[np.argsort(shuffled)]
     want = open_clip.ClipLoss()(images, texts, loss.logit_scale.exp())
     torch.testing.assert_close(result.total / result.count, want)
     ours = torch.autograd.grad(result.total / result.count, [hidden, *loss.parameters()])
     theirs = torch.autograd.grad(want, [hidden, *loss.parameters()])
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_sample_drawn_twice_is_not_its_own_negative(tokenizer: TextTokenizer) -> None:
+    torch.manual_seed(0)
+    loss = SimilarityLoss("sim", SimilarityConfig(pairs=(("image", "text0"),)), width=8)
+    once = similarity_batch(tokenizer, {"image": [0, 1], "text0": [0, 1]})
+    twice = similarity_batch(tokenizer, {"image": [0, 1, 0], "text0": [0, 1, 0]})
+    hidden = torch.randn(4, 8)
+    doubled = torch.cat([hidden[:2], hidden[:1], hidden[2:], hidden[2:3]])
+    want, got = loss(hidden, once, torch.zeros(1, 8)), loss(doubled, twice, torch.zeros(1, 8))
+    assert want.count == got.count == 4
+    torch.testing.assert_close(want.total, got.total)
+
+
+def test_two_similarity_objectives_read_their_own_documents(tokenizer: TextTokenizer) -> None:
+    torch.manual_seed(0)
+    token, nothing = np.array([tokenizer.embed_id]), np.full(1, IGNORE_INDEX)
+    documents = [
+        Document(name, token, nothing, causal=False, pooled=0, view=view, pair=pair)
+        for name in ("one", "two")
+        for view in ("image", "text0")
+        for pair in range(3)
+    ]
+    batch = pack_documents(documents, tokenizer.placeholder_ids)
+    hidden = torch.randn(12, 8)
+    loss = SimilarityLoss("two", SimilarityConfig(pairs=(("image", "text0"),)), width=8)
+    alone = pack_documents([d for d in documents if d.objective == "two"], tokenizer.placeholder_ids)
+    got, want = loss(hidden, batch, torch.zeros(1, 8)), loss(hidden[6:], alone, torch.zeros(1, 8))
+    assert got.count == want.count == 6
+    torch.testing.assert_close(got.total, want.total)
+
+
+@pytest.mark.parametrize(("pairs", "words"), [([], "at least one pair"), ([["img", "text0"]], "'img'")])
+def test_impossible_pairs_are_refused(pairs: list, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        build_config(SimilarityConfig, {"pairs": pairs}, "tree")
+
+
+def test_a_tokenizers_own_special_tokens_are_no_words(corpus: Path, tmp_path: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    own = PreTrainedTokenizerFast.from_pretrained(str(corpus / "tokenizer"))
+    own.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    own.save_pretrained(str(tmp_path / "own"))
+    tokenizer = TextTokenizer(tmp_path / "own")
+    assert own.convert_tokens_to_ids("<|im_start|>") not in tokenizer.word_ids
+    assert tokenizer.is_word.sum() == len(tokenizer.word_ids) > 250
+    tokenizer.save(tmp_path / "saved")
+    saved = TextTokenizer(tmp_path / "saved")
+    assert saved.fingerprint == tokenizer.fingerprint  # a checkpoint's copy is the same tokenizer
+    np.testing.assert_array_equal(saved.word_ids, tokenizer.word_ids)
+
+
+def test_text_that_spells_a_placeholder_is_plain_text(tokenizer: TextTokenizer) -> None:
+    ids = tokenizer.encode("a <|image|> and <|mask|>")
+    assert not np.isin(ids, [*tokenizer.placeholder_ids.values(), tokenizer.mask_id]).any()
+    assert tokenizer.decode(ids) == "a <|image|> and <|mask|>"
 
 
 def test_a_view_without_partner_is_a_negative_but_no_query(tokenizer: TextTokenizer) -> None:
