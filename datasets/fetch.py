@@ -65,6 +65,7 @@ class PackedDataset(Dataset[PackedBatch]):
         self.tokenizer, self.seed, self.cache_mb = tokenizer, seed, cache_mb
         self._cache: dict[tuple[str, int], Sample] = {}  # by source and sample
         self._cache_room = cache_mb << 20
+        self.undecodable: list[Skip] = []  # what this process came across, as often as it did
 
     def __getitem__(self, bin: Bin) -> PackedBatch:
         documents: list[Document] = []
@@ -73,11 +74,7 @@ class PackedDataset(Dataset[PackedBatch]):
             try:
                 documents += self.documents(source_number, sample_id, epoch)
             except SampleError as error:
-                source = self.sources[source_number][0]
-                shard, key = source.locate(sample_id)
-                skips.append(
-                    Skip(source=source.name, shard=str(shard), key=key, reason=error.reason, detail=error.detail)
-                )
+                skips.append(self.note(source_number, sample_id, error))
         used = len(bin.samples) - len(skips)
         return pack_documents(documents or [self._nothing()], self.tokenizer.placeholder_ids, skips, used)
 
@@ -98,10 +95,19 @@ class PackedDataset(Dataset[PackedBatch]):
             found += documents
         return found
 
+    def note(self, source_number: int, sample_id: int, error: SampleError) -> Skip:
+        """Remembers a sample that could not be used, in `undecodable` and as the line for the ledger."""
+        source = self.sources[source_number][0]
+        shard, key = source.locate(sample_id)
+        skip = Skip(source=source.name, shard=str(shard), key=key, reason=error.reason, detail=error.detail)
+        self.undecodable.append(skip)
+        return skip
+
     def with_sources(self, sources: Sequence[tuple[Source, SourceConfig]]) -> PackedDataset:
         """Other objectives or fewer sources over the same shards; what was decoded already is shared."""
         other = PackedDataset(sources, self.preprocessors, self.objectives, self.tokenizer, self.seed, self.cache_mb)
         other._cache, other._cache_room = self._cache, self._cache_room
+        other.undecodable = self.undecodable
         return other
 
     def _sample(self, source_number: int, sample_id: int) -> Sample:

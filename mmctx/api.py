@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+import mmctx
 from mmctx import config as config_module
 from mmctx import eval as evaluation
 from mmctx.datasets.assemble import RunData, build_data
@@ -63,6 +64,7 @@ def evaluate(
 
     folder = resolve_checkpoint(Path(checkpoint))
     model, _, config = load_model(folder)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": str(folder)})})  # its own
     if overrides:
         tree = config.model_dump(mode="json")
         for override in overrides:
@@ -74,14 +76,24 @@ def evaluate(
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = build_dataset(config, held_out=True)
-    context = evaluation.EvalContext(model.to(device), data, config.objectives, config.eval, device, progress)
+    bf16 = config.train.precision == "bf16"
+    context = evaluation.EvalContext(model.to(device), data, config.objectives, config.eval, device, bf16, progress)
     results = evaluation.evaluate(context, suites or config.eval.suites)
     run_dir = folder.parent
     results["loss"] = summarise_losses(run_dir, results.get("loss", {}))
     state = TrainerState(**json.loads((folder / "trainer" / "trainer_state.json").read_text()))
     results |= {"step": state.step, "tokens": state.tokens, "train_seconds": round(state.train_seconds, 1)}
+    results = _of_the_same_step(run_dir / "report.json", state.step) | results
     write_report(run_dir, results, config, data, batch=_first_batch(config))
     return results
+
+
+def _of_the_same_step(path: Path, step: int) -> dict[str, Any]:
+    """Earlier results of the same checkpoint: running one suite again does not throw away the others'."""
+    if not path.exists():
+        return {}
+    earlier = json.loads(path.read_text())
+    return earlier if earlier.get("step") == step else {}
 
 
 def _first_batch(config: RunConfig) -> PackedBatch | None:
@@ -92,5 +104,9 @@ def _first_batch(config: RunConfig) -> PackedBatch | None:
         return None
     return data.dataset[Plan(config.data, data.tables, config.train.seed).step(0)[0]]
 
+
+# Importing this module also imports the subpackage `mmctx.train`, and Python then binds that name to the package. What users call is
+# the function; `from mmctx.train.loop import ...` goes on working.
+mmctx.train = train  # type: ignore[assignment]
 
 __all__ = ["TrainResult", "build_dataset", "build_model", "evaluate", "load_config", "load_model", "train"]

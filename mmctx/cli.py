@@ -52,9 +52,10 @@ def train(config: Config, overrides: Overrides = None, as_json: Json = False) ->
         "train_seconds": round(result.train_seconds, 1),
     }
     if result.interrupted:
-        _answer(
-            answer | {"interrupted": True}, as_json, f"stopped at step {result.step}; run the same command to go on"
-        )
+        if result.is_main_process:
+            _answer(
+                answer | {"interrupted": True}, as_json, f"stopped at step {result.step}; run the same command to go on"
+            )
         raise typer.Exit(130)
     if run_config.eval.sources and result.is_main_process:
         answer["report"] = str(result.run_dir / "report.html")

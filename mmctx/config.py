@@ -40,6 +40,8 @@ def load_config(cls: type[M], path: str | Path, overrides: Sequence[str] = ()) -
         tree = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as a text file: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     tree = {} if tree is None else tree
@@ -96,7 +98,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 def _explain(cls: type[StrictModel], where: str, item: Mapping[str, Any]) -> str:
     """One readable line for one pydantic error: file, dotted key, what was found, remedy."""
     location = item["loc"]
-    key = ".".join(str(part) for part in location)
+    key = ".".join(_written_keys(cls, location))
     if item["type"] == "extra_forbidden":
         valid = _valid_keys(cls, location[:-1])
         close = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.5)
@@ -106,6 +108,26 @@ def _explain(cls: type[StrictModel], where: str, item: Mapping[str, Any]) -> str
         return f"{where}: key {key!r} is required and has no default"
     message = item["msg"].removeprefix("Value error, ")
     return f"{where}: key {key!r}: {message} (got {item.get('input')!r})"
+
+
+def _written_keys(cls: type[StrictModel], location: Sequence[Any]) -> list[str]:
+    """The keys as they stand in the file: pydantic also lists the tag of a discriminated union, behind the key of its value."""
+    written: list[str] = []
+    candidates: list[Any] = [cls]
+    for part in location:
+        models = [
+            candidate for candidate in candidates if isinstance(candidate, type) and issubclass(candidate, BaseModel)
+        ]
+        kinds = [
+            model for model in models if "kind" in model.model_fields and model.model_fields["kind"].default == part
+        ]
+        if len(models) > 1 and kinds:
+            candidates = kinds
+            continue
+        written.append(str(part))
+        fields = [model.model_fields[part].annotation for model in models if part in model.model_fields]
+        candidates = [found for annotation in fields for found in _unwrap(annotation)] or candidates
+    return written
 
 
 def _valid_keys(cls: type[StrictModel], location: Sequence[Any]) -> list[str]:

@@ -12,7 +12,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     found = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text().split("\n"):  # not splitlines: JSON strings may hold other line separators
+        if not line:
+            continue
         try:
             found.append(json.loads(line))
         except json.JSONDecodeError:

@@ -37,7 +37,7 @@ def test_overrides_reach_nested_keys_and_lists(file: Path) -> None:
     [
         ("train.step=7", ["train.step", "'steps'", "run.yaml"]),
         ("data.sources.triples.weigth=1", ["data.sources.triples.weigth", "'weight'"]),
-        ("objectives.similarity.pair=[]", ["objectives.similarity.similarity.pair", "'pairs'"]),
+        ("objectives.similarity.pair=[]", ["key 'objectives.similarity.pair'", "'pairs'"]),
         ("model.transformer.width=30", ["width 30", "num_heads 4"]),
         ("train.steps=many", ["train.steps", "'many'"]),
         ("train.optimizer.lr=-1", ["train.optimizer.lr", "-1"]),

@@ -14,6 +14,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,29 @@ from safetensors.torch import load_file, save_file
 
 from mmctx.config import build_config
 from mmctx.errors import CheckpointError
-from mmctx.model import MmctxModel
+from mmctx.model import MmctxModel, ModelConfig
 from mmctx.tokenizer import TextTokenizer
 from mmctx.train.config import RunConfig
 
-FREE_TO_CHANGE = ("run", "eval", "train.steps", "train.log_every", "train.save_every", "train.keep_checkpoints",
-                  "train.tensorboard", "train.num_threads", "data.num_workers", "data.prefetch", "data.cache_mb", "data.skip_budget",
-                  "model.transformer.attention", "model.transformer.checkpoint_activations")  # fmt: skip
-"""Keys that a resumed run may set otherwise without becoming another run."""
+FREE_TO_CHANGE = (
+    "run",
+    "eval",
+    "train.steps",
+    "train.log_every",
+    "train.save_every",
+    "train.keep_checkpoints",
+    "train.tensorboard",
+    "train.num_threads",
+    "data.tokenizer",
+    "data.sources.*.shards",
+    "data.num_workers",
+    "data.prefetch",
+    "data.cache_mb",
+    "data.skip_budget",
+    "model.transformer.attention",
+    "model.transformer.checkpoint_activations",
+)
+"""Keys that a resumed run may set otherwise without becoming another run. Paths of data are among them, its content is not."""
 
 
 @dataclass
@@ -41,6 +57,8 @@ class TrainerState:
     samples: int = 0
     skipped: int = 0
     train_seconds: float = 0.0
+    planned_steps: int = 0
+    data_fingerprint: str = ""
 
 
 def save_checkpoint(
@@ -54,9 +72,10 @@ def save_checkpoint(
     """Writes `checkpoint-STEP` under a temporary name, flushes it to disk, renames it, then moves `latest` there."""
     final = run_dir / f"checkpoint-{state.step}"
     partial = run_dir / f".partial-checkpoint-{state.step}"
-    for leftover in (partial, final):  # a final one of this step is a rerun's: the same bytes, or an incomplete folder
-        if leftover.exists():
-            shutil.rmtree(leftover)
+    if (final / "COMPLETE").exists():  # saved a moment ago, as when Ctrl-C comes right after a periodic save
+        return final
+    for leftover in (partial, final):
+        _delete(leftover)
     (partial / "trainer").mkdir(parents=True)
     description = {"model_type": "mmctx", "vocab_size": model.vocab_size, "run": config.model_dump(mode="json")}
     (partial / "config.json").write_text(json.dumps(description, indent=2, ensure_ascii=False))
@@ -72,8 +91,15 @@ def save_checkpoint(
     _point_latest(run_dir, final)
     _flush(run_dir)
     for old in list_checkpoints(run_dir)[: -config.train.keep_checkpoints]:
-        shutil.rmtree(old)
+        _delete(old)
     return final
+
+
+def _delete(checkpoint: Path) -> None:
+    """COMPLETE goes first: a kill halfway must not leave a folder that looks whole."""
+    if checkpoint.exists():
+        (checkpoint / "COMPLETE").unlink(missing_ok=True)
+        shutil.rmtree(checkpoint)
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -103,9 +129,17 @@ def load_model(checkpoint: Path) -> tuple[MmctxModel, TextTokenizer, RunConfig]:
     """Model (in evaluation mode), tokenizer and configuration of a checkpoint or run folder."""
     checkpoint = resolve_checkpoint(checkpoint)
     config = load_run_config(checkpoint)
-    model = MmctxModel(config.model, config.objectives, _read_json(checkpoint / "config.json")["vocab_size"])
+    shape = without_pretrained(config.model)
+    model = MmctxModel(shape, config.objectives, _read_json(checkpoint / "config.json")["vocab_size"])
     load_weights(model, checkpoint)
     return model.eval(), TextTokenizer(checkpoint), config
+
+
+def without_pretrained(config: ModelConfig) -> ModelConfig:
+    """The same shape with fresh encoder weights: a checkpoint brings its own, so nothing needs downloading."""
+    if config.image is None:
+        return config
+    return config.model_copy(update={"image": config.image.model_copy(update={"pretrained": False})})
 
 
 def load_weights(model: MmctxModel, checkpoint: Path) -> None:
@@ -124,18 +158,24 @@ def load_weights(model: MmctxModel, checkpoint: Path) -> None:
 
 
 def resume(
-    run_dir: Path, config: RunConfig, model: MmctxModel, optimizer: torch.optim.Optimizer
+    run_dir: Path, config: RunConfig, model: MmctxModel, optimizer: torch.optim.Optimizer, data_fingerprint: str
 ) -> TrainerState | None:
     """Loads the newest whole checkpoint of the run, if there is one.
 
     Raises:
-        CheckpointError: it was made with another configuration (the first differing keys are named with both values).
+        CheckpointError: it was made with another configuration (the first differing keys are named with both values) or other data.
     """
     checkpoints = list_checkpoints(run_dir)
     if not checkpoints:
         return None
     checkpoint = checkpoints[-1]
     check_same_run(load_run_config(checkpoint), config, checkpoint)
+    state = TrainerState(**_read_json(checkpoint / "trainer" / "trainer_state.json"))
+    if state.data_fingerprint != data_fingerprint:
+        raise CheckpointError(
+            f"{checkpoint} was made with shards and tokenizer of fingerprint {state.data_fingerprint}, those configured now have "
+            f"{data_fingerprint}: the same steps would read other samples. Restore them, or set run.name to start a new run."
+        )
     load_weights(model, checkpoint)
     path = checkpoint / "trainer" / "optimizer.pt"
     try:
@@ -144,7 +184,7 @@ def resume(
         raise CheckpointError(
             f"{path}: cannot be read ({error}); delete {checkpoint} to fall back to the one before it"
         ) from None
-    return TrainerState(**_read_json(checkpoint / "trainer" / "trainer_state.json"))
+    return state
 
 
 def check_same_run(saved: RunConfig, asked: RunConfig, where: Path) -> None:
@@ -154,7 +194,7 @@ def check_same_run(saved: RunConfig, asked: RunConfig, where: Path) -> None:
         key
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
-        and not any(key == free or key.startswith(free + ".") for free in FREE_TO_CHANGE)
+        and not any(fnmatch(key, free) or fnmatch(key, f"{free}.*") for free in FREE_TO_CHANGE)
     ]
     if changed:
         lines = "\n".join(

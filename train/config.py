@@ -91,10 +91,12 @@ class RunConfig(StrictModel):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        for name, source in self.data.sources.items():
-            for objective in source.objectives:
-                if objective not in self.objectives:
-                    raise ValueError(
-                        f"data.sources.{name}.objectives names {objective!r}, but `objectives` defines {sorted(self.objectives)}"
-                    )
+        for where, sources in (("data", self.data.sources), ("eval", self.eval.sources)):
+            for name, source in sources.items():
+                for objective in source.objectives:
+                    if objective not in self.objectives:
+                        defined = sorted(self.objectives)
+                        raise ValueError(
+                            f"{where}.sources.{name}.objectives names {objective!r}, but `objectives` defines {defined}"
+                        )
         return self

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
-import signal
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from mmctx.config import dump_config
@@ -26,10 +27,12 @@ from mmctx.model import MmctxModel, count_parameters
 from mmctx.objectives import LossSum
 from mmctx.pack import PackedBatch
 from mmctx.train.build import build_model
-from mmctx.train.checkpoint import TrainerState, resume, save_checkpoint
+from mmctx.train.checkpoint import TrainerState, list_checkpoints, resume, save_checkpoint, without_pretrained
 from mmctx.train.config import RunConfig
 from mmctx.train.optim import build_optimizer, learning_rate
-from mmctx.train.records import JsonLines, ProgressBar, SkipLedger
+from mmctx.train.preflight import check_run
+from mmctx.train.records import JsonLines, ProgressBar, SkipLedger, trim
+from mmctx.train.stop import StopOnSignal
 
 
 @dataclass
@@ -37,7 +40,7 @@ class Interval:
     """Sums since the last logged step; device tensors are only read when a line is written."""
 
     totals: dict[str, Tensor] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, int | Tensor] = field(default_factory=dict)
     grad_norm: Tensor | None = None
     tokens: int = 0
     samples: int = 0
@@ -66,27 +69,6 @@ class TrainResult:
     is_main_process: bool
 
 
-class StopOnSignal:
-    """Turns SIGINT and SIGTERM into a wish that the loop grants after its current step; a second signal is not caught."""
-
-    def __init__(self) -> None:
-        self.wished = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopOnSignal:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, frame: Any) -> None:
-        self.wished = True
-        signal.signal(number, self._before[number])
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
 def train(config: RunConfig) -> TrainResult:
     """Trains a run to its last step, from its newest checkpoint if it has one.
 
@@ -95,22 +77,38 @@ def train(config: RunConfig) -> TrainResult:
     Raises:
         MmctxError: whatever a user can mend, with the file or key, both values and the remedy.
     """
+    check_run(config)
     if config.train.num_threads:
         torch.set_num_threads(config.train.num_threads)
     accelerator = Accelerator(
         mixed_precision="bf16" if config.train.precision == "bf16" else "no", cpu=not torch.cuda.is_available()
     )
+    try:
+        sitting = _sit_down(config, accelerator)
+        try:
+            return sitting.run()
+        finally:
+            sitting.close()
+    finally:
+        # A notebook may train again with another precision; accelerate keeps its state for the whole process.
+        accelerator.end_training()
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _sit_down(config: RunConfig, accelerator: Accelerator) -> Sitting:
+    """Data, model and optimizer, as the newest checkpoint left them."""
     run_dir = Path(config.run.dir) / config.run.name
     run_dir.mkdir(parents=True, exist_ok=True)
-    data = build_data(config.data, config.data.sources, config.model, config.objectives, config.train.seed)
-    model = build_model(config, len(data.tokenizer))
+    with accelerator.main_process_first():  # the others find the indexes that the first one wrote
+        data = build_data(config.data, config.data.sources, config.model, config.objectives, config.train.seed)
+    if list_checkpoints(run_dir):
+        config_to_build = config.model_copy(update={"model": without_pretrained(config.model)})
+    else:
+        config_to_build = config
+    model = build_model(config_to_build, len(data.tokenizer))
     optimizer = build_optimizer(model, config.train.optimizer)
-    state = resume(run_dir, config, model, optimizer)
-    sitting = Sitting(config, accelerator, run_dir, data, model, optimizer, state)
-    try:
-        return sitting.run()
-    finally:
-        sitting.close()
+    state = resume(run_dir, config, model, optimizer, data.fingerprint)
+    return Sitting(config, accelerator, run_dir, data, model, optimizer, state)
 
 
 class Sitting:
@@ -127,39 +125,40 @@ class Sitting:
         state: TrainerState | None,
     ) -> None:
         self.config, self.accelerator, self.run_dir, self.data = config, accelerator, run_dir, data
-        self.state = state or TrainerState()
+        self.state = state or TrainerState(planned_steps=config.train.steps, data_fingerprint=data.fingerprint)
         self.raw_model = model
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.plan = Plan(config.data, data.tables, config.train.seed)
         self.bar = ProgressBar(config.train.steps, self.state.step, enabled=accelerator.is_main_process)
-        rank = accelerator.process_index
-        ledger_name = "skips.jsonl" if rank == 0 else f"skips-rank{rank}.jsonl"
-        self.ledger = SkipLedger(run_dir / ledger_name, config.data.skip_budget, self.state.step if state else -1)
-        self.metrics = JsonLines(run_dir / "metrics.jsonl", self.state.step) if accelerator.is_main_process else None
-        self.tensorboard = self._open_tensorboard()
+        self.metrics: JsonLines | None = None
+        self.tensorboard: Any = None
+        self.ledger = self._open_records(last_step=state.step if state else -1)
         if accelerator.is_main_process:
             self._introduce(resumed=state is not None)
 
     def run(self) -> TrainResult:
         """Every step from the current one on."""
         config, state = self.config, self.state
-        batches, first = self._batches(), state.step
-        interval = Interval()
-        self.model.train()
-        with StopOnSignal() as stop:
+        with StopOnSignal() as stop:  # before the loader's workers start
+            batches, first = self._batches(), state.step
+            interval = Interval()
+            self.model.train()
             while state.step < config.train.steps and not self._stopped(stop):
                 self._step(batches, interval)
                 state.step += 1
                 self.bar.advance(state.step)
-                if state.step % config.train.log_every == 0 or state.step == config.train.steps:
+                log, save = state.step % config.train.log_every == 0, state.step % config.train.save_every == 0
+                if (
+                    log or save or state.step == config.train.steps
+                ):  # lines and checkpoints agree on where the run stands
                     self._log(interval)
                     interval = Interval()
-                if state.step % config.train.save_every == 0 and state.step < config.train.steps:
-                    self._save(interval)
+                if save:
+                    self._save()
             if interval.steps:
                 self._log(interval)
             if state.step > first:
-                self._save(Interval())
+                self._save()
         interrupted, main = state.step < config.train.steps, self.accelerator.is_main_process
         return TrainResult(self.run_dir, state.step, interrupted, state.train_seconds, main)
 
@@ -177,13 +176,14 @@ class Sitting:
         per_rank = self.config.data.bins_per_step // accelerator.num_processes
         micro_batches = [next(batches) for _ in range(per_rank)]
         interval.data_wait += time.perf_counter() - waited
-        # Dropout is a function of (seed, step, rank): there is no generator state to save.
-        torch.manual_seed(derive_key(self.config.train.seed, "dropout", step, accelerator.process_index) >> 1)
         lr = learning_rate(step, self.config.train.steps, self.config.train.optimizer.lr, self.config.train.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         counts = self._global_counts(micro_batches)
         for number, batch in enumerate(micro_batches):
+            # Dropout is a function of (seed, step, bin): no generator state to save, and no dependence on ranks.
+            bin_number = accelerator.process_index + number * accelerator.num_processes
+            torch.manual_seed(derive_key(self.config.train.seed, "dropout", step, bin_number) >> 1)
             last = number == len(micro_batches) - 1
             with nullcontext() if last else accelerator.no_sync(self.model):
                 losses: dict[str, LossSum] = self.model(batch.to(accelerator.device))
@@ -195,17 +195,23 @@ class Sitting:
         self.optimizer.zero_grad(set_to_none=True)
         self._count(micro_batches, counts, interval)
 
-    def _combine(self, losses: Mapping[str, LossSum], counts: Mapping[str, int]) -> Tensor:
+    def _combine(self, losses: Mapping[str, LossSum], counts: Mapping[str, int | Tensor]) -> Tensor:
         """Weighted sum of means over the whole global step; times the ranks, because DDP averages gradients over them."""
-        weights = {name: objective.weight for name, objective in self.config.objectives.items()}
-        parts = [weights[name] * loss.total / max(counts[name], 1) for name, loss in losses.items()]
+        parts = []
+        for name, loss in losses.items():
+            count = counts[name]
+            divisor = count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+            parts.append(self.config.objectives[name].weight * loss.total / divisor)
         return torch.stack(parts).sum() * self.accelerator.num_processes
 
-    def _global_counts(self, micro_batches: list[PackedBatch]) -> dict[str, int]:
-        """Predictions of each objective in the whole global step."""
+    def _global_counts(self, micro_batches: list[PackedBatch]) -> dict[str, int | Tensor]:
+        """Predictions of each objective in the whole global step. With several ranks they stay on the device: nobody waits for them."""
         heads = self.raw_model.objectives
         counts = {name: sum(head.count(batch) for batch in micro_batches) for name, head in heads.items()}  # type: ignore[operator]
-        return dict(zip(counts, self._sum_over_ranks(list(counts.values())), strict=True))
+        if self.accelerator.num_processes == 1:
+            return counts
+        local = torch.tensor(list(counts.values())).to(self.accelerator.device, non_blocking=True)
+        return dict(zip(counts, self.accelerator.reduce(local, reduction="sum").unbind(), strict=True))  # type: ignore[union-attr]
 
     def _sum_over_ranks(self, numbers: list[int]) -> list[int]:
         if self.accelerator.num_processes == 1:
@@ -213,7 +219,7 @@ class Sitting:
         summed = self.accelerator.reduce(torch.tensor(numbers, device=self.accelerator.device), reduction="sum")
         return summed.tolist()  # type: ignore[union-attr]
 
-    def _count(self, micro_batches: list[PackedBatch], counts: Mapping[str, int], interval: Interval) -> None:
+    def _count(self, micro_batches: list[PackedBatch], counts: Mapping[str, int | Tensor], interval: Interval) -> None:
         interval.steps += 1
         for name, count in counts.items():
             interval.counts[name] = interval.counts.get(name, 0) + count
@@ -224,7 +230,7 @@ class Sitting:
 
     def _log(self, interval: Interval) -> None:
         """Writes one line: the only place where the loop waits for the device."""
-        state, steps = self.state, max(interval.steps, 1)
+        state, config = self.state, self.config
         tokens, samples, skipped = self._sum_over_ranks([interval.tokens, interval.samples, interval.skipped])
         state.tokens, state.samples, state.skipped = (
             state.tokens + tokens,
@@ -233,16 +239,14 @@ class Sitting:
         )
         totals = torch.stack([interval.totals[name].double() for name in interval.counts])
         totals = self.accelerator.reduce(totals, reduction="sum").tolist()  # type: ignore[union-attr]
+        counts = {name: int(count) for name, count in interval.counts.items()}
         assert interval.grad_norm is not None
         seconds = time.perf_counter() - interval.started
         state.train_seconds += seconds
-        means = {
-            name: total / count if count else None
-            for (name, count), total in zip(interval.counts.items(), totals, strict=True)
-        }
+        means = {n: total / count if count else None for (n, count), total in zip(counts.items(), totals, strict=True)}
         line = {
             "step": state.step,
-            "loss": sum(self.config.objectives[name].weight * mean for name, mean in means.items() if mean is not None),
+            "loss": sum(config.objectives[name].weight * mean for name, mean in means.items() if mean is not None),
             **{f"loss/{name}": mean for name, mean in means.items()},
             "lr": self.optimizer.param_groups[0]["lr"],
             "grad_norm": float(interval.grad_norm),
@@ -250,49 +254,64 @@ class Sitting:
             "samples": state.samples,
             "tokens_per_s": tokens / seconds,
             "samples_per_s": samples / seconds,
-            "fill": tokens / (steps * self.config.data.bins_per_step * self.config.data.bin_tokens),
+            "fill": tokens / (interval.steps * config.data.bins_per_step * config.data.bin_tokens),
             "data_wait": interval.data_wait / seconds,
             "skipped": state.skipped,
         }
         if self.metrics is not None:
             self.metrics.write([line])
             self.bar.log(line)
-            if self.tensorboard is not None:
-                for name, value in line.items():
-                    if value is not None:
-                        self.tensorboard.add_scalar(name, value, state.step)
+        if self.tensorboard is not None:
+            for name, value in line.items():
+                if value is not None:
+                    self.tensorboard.add_scalar(name, value, state.step)
         self.ledger.check(state.skipped, state.samples + state.skipped)
 
-    def _save(self, interval: Interval) -> None:
-        state = self.state
-        if interval.steps:  # lines and state must agree on where the run stands
-            self._log(interval)
-            interval.__init__()
+    def _save(self) -> None:
         if self.accelerator.is_main_process:
-            path = save_checkpoint(
-                self.run_dir, self.config, self.raw_model, self.data.tokenizer, self.optimizer, state
-            )
+            tokenizer = self.data.tokenizer
+            path = save_checkpoint(self.run_dir, self.config, self.raw_model, tokenizer, self.optimizer, self.state)
             self.bar.say(f"saved {path}")
         self.accelerator.wait_for_everyone()
 
     def _stopped(self, stop: StopOnSignal) -> bool:
+        """Whether some rank was asked to stop. All must agree, and asking makes a GPU wait: there only now and then."""
         if self.accelerator.num_processes == 1:
             return stop.wished
-        if self.state.step % self.config.train.log_every:  # ranks must agree, and may only talk where they wait anyway
-            return False
-        return self._sum_over_ranks([int(stop.wished)])[0] > 0
+        every = 1 if self.accelerator.device.type == "cpu" else min(self.config.train.log_every, 10)
+        return self.state.step % every == 0 and self._sum_over_ranks([int(stop.wished)])[0] > 0
+
+    def _open_records(self, last_step: int) -> SkipLedger:
+        """Ledger of this rank; on the main one metrics and TensorBoard too. Lines after the checkpoint are dropped."""
+        accelerator, rank = self.accelerator, self.accelerator.process_index
+        if accelerator.is_main_process:
+            for path in self.run_dir.glob("skips-rank*.jsonl"):  # an earlier sitting may have had more ranks
+                trim(path, last_step)
+            self.metrics = JsonLines(self.run_dir / "metrics.jsonl", last_step)
+            if self.config.train.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.tensorboard = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=last_step + 1)
+        accelerator.wait_for_everyone()
+        name = "skips.jsonl" if rank == 0 else f"skips-rank{rank}.jsonl"
+        return SkipLedger(self.run_dir / name, self.config.data.skip_budget, last_step)
 
     def _introduce(self, resumed: bool) -> None:
-        state, plan = self.state, self.plan
+        state, plan, steps = self.state, self.plan, self.config.train.steps
         if resumed:
-            self.bar.say(f"resuming {self.run_dir} at step {state.step} of {self.config.train.steps}")
+            self.bar.say(f"resuming {self.run_dir} at step {state.step} of {steps}")
+            if state.planned_steps != steps:
+                self.bar.say(
+                    f"train.steps is {steps}, was {state.planned_steps}: the learning rate follows the new length"
+                )
+                state.planned_steps = steps
         else:
             self.ledger.record(self.data.skips, step=0)
         dump_config(self.config, self.run_dir / "config.yaml")
         manifest = {
             "parameters": count_parameters(self.raw_model),
             "usable_samples": plan.num_samples,
-            "left_out_samples": len(self.data.skips),
+            "left_out_samples": dict(Counter(skip.reason for skip in self.data.skips)),
             "samples_per_step": plan.samples_per_step,
             "processes": self.accelerator.num_processes,
             "device": str(self.accelerator.device),
@@ -301,16 +320,11 @@ class Sitting:
         }
         (self.run_dir / "manifest.json").write_text(json.dumps(manifest, indent=2))
         self.bar.say(
-            f"{self.run_dir}: {manifest['parameters']:,} parameters, {plan.num_samples:,} samples"
-            f" ({len(self.data.skips)} left out, see skips.jsonl), {plan.samples_per_step:.1f} samples a step"
+            f"{self.run_dir}: {manifest['parameters']:,} parameters, {plan.num_samples:,} samples, "
+            f"{plan.samples_per_step:.1f} of them a step"
         )
-
-    def _open_tensorboard(self) -> Any:
-        if not (self.config.train.tensorboard and self.accelerator.is_main_process):
-            return None
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(str(self.run_dir / "tensorboard"))
+        if self.data.skips:
+            self.bar.say(f"left out {len(self.data.skips)} samples {manifest['left_out_samples']}, see skips.jsonl")
 
     def close(self) -> None:
         """Closes files and the bar."""

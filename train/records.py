@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -24,19 +25,26 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, last_step: int) -> None:
-        kept = [line for line in read_lines(path) if line["step"] <= last_step]
-        self._file: TextIO = path.open("w")
-        self.write(kept)
+        trim(path, last_step)
+        self._file: TextIO = path.open("a")
 
     def write(self, lines: Iterable[dict[str, Any]]) -> None:
         """Appends lines and hands them to the system at once, so that a killed run keeps them."""
         for line in lines:
-            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+def trim(path: Path, last_step: int) -> None:
+    """Drops the lines of later steps; a kill in between leaves either the old file or the new one."""
+    kept = [line for line in read_lines(path) if line["step"] <= last_step]
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    os.replace(fresh, path)
 
 
 class SkipLedger:

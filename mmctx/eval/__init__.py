@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import torch
 
 from mmctx.errors import ConfigError
 from mmctx.eval.caption import evaluate_caption
@@ -21,7 +24,7 @@ SUITES: dict[str, Callable[[EvalContext], dict[str, Any]]] = {
 
 
 def evaluate(context: EvalContext, suites: Sequence[str]) -> dict[str, Any]:
-    """Runs suites by name and returns `{suite: its results}`.
+    """Runs suites by name and returns `{suite: its results}`, and under `skipped` how many held-out samples could not be used.
 
     Raises:
         ConfigError: a suite's name is unknown.
@@ -31,9 +34,17 @@ def evaluate(context: EvalContext, suites: Sequence[str]) -> dict[str, Any]:
     training = context.model.training
     context.model.eval()
     try:
-        return {name: SUITES[name](context) for name in suites}
+        with torch.autocast(context.device.type, torch.bfloat16, enabled=context.bf16):
+            results = {name: SUITES[name](context) for name in suites}
     finally:
         context.model.train(training)
+    return {**results, "skipped": count_skips(context)}
 
 
-__all__ = ["SUITES", "EvalContext", "evaluate"]
+def count_skips(context: EvalContext) -> dict[str, int]:
+    """Held-out samples that could not be used, by reason, each once."""
+    found = {(skip.shard, skip.key): skip.reason for skip in (*context.data.skips, *context.data.dataset.undecodable)}
+    return dict(Counter(found.values()))
+
+
+__all__ = ["SUITES", "EvalContext", "count_skips", "evaluate"]

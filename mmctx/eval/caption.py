@@ -107,11 +107,12 @@ class _Prompt(NamedTuple):
 
 
 def _prompts(dataset: PackedDataset, bin: Bin) -> Iterator[_Prompt]:
-    """The captioning documents of a bin, cut before their text. A sample that cannot be decoded is the `loss` suite's to count."""
+    """The captioning documents of a bin, cut before their text."""
     for number, sample_id, epoch in bin.samples:
         try:
             documents = dataset.documents(number, sample_id, epoch)
-        except SampleError:
+        except SampleError as error:
+            dataset.note(number, sample_id, error)
             continue
         for document in documents:
             if len(document.media) != 1 or document.media[0][0] != 0:

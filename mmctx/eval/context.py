@@ -25,6 +25,7 @@ class EvalContext:
         objectives: the run's objectives by name.
         config: lengths and numbers of examples.
         device: where batches go.
+        bf16: products run in bfloat16, as the run was trained.
         progress: called with (suite, done, total).
     """
 
@@ -33,6 +34,7 @@ class EvalContext:
     objectives: Mapping[str, AnyObjective]
     config: EvalConfig
     device: torch.device
+    bf16: bool = False
     progress: Callable[[str, int, int], None] | None = None
 
     def names(self, kind: str) -> list[str]:

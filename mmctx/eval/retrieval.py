@@ -21,9 +21,10 @@ def embed_views(context: EvalContext, objective: str) -> tuple[dict[str, Tensor]
     samples: dict[str, list[int]] = {}
     for batch in context.batches("retrieval", objective):
         hidden = context.model.encode(batch)
-        for view, positions in batch.pooled.items():
+        for name, positions in batch.pooled.items():
+            view = name.removeprefix(f"{objective}/")
             found.setdefault(view, []).append(head.embed(hidden, positions).cpu())  # type: ignore[operator]
-            samples.setdefault(view, []).extend(batch.pairs[view])
+            samples.setdefault(view, []).extend(batch.pairs[name])
     return {view: torch.cat(parts) for view, parts in found.items()}, samples
 
 
@@ -40,7 +41,8 @@ def recall(scores: Tensor) -> dict[str, float]:
 def evaluate_retrieval(context: EvalContext) -> dict[str, Any]:
     """`{"image_to_text": {"R@1", "R@5", "R@10", "MRR", "n"}, ...}` in both directions of every configured pair of views.
 
-    The first text is called `text`, others `text1`, `text2`; a second similarity objective prefixes its name.
+    Only a sample's own partner counts: where two samples share one picture under different names, the numbers are a
+    lower bound. The first text is called `text`, others `text1`, `text2`; a second similarity objective prefixes its name.
     """
     results: dict[str, Any] = {}
     for objective in (names := context.names("similarity")):
@@ -50,6 +52,8 @@ def evaluate_retrieval(context: EvalContext) -> dict[str, Any]:
             if a not in embeddings or b not in embeddings:
                 continue
             rows_a, rows_b = matching_rows(samples[a], samples[b])
+            if not len(rows_a):
+                continue
             scores = embeddings[a][rows_a] @ embeddings[b][rows_b].T
             results[f"{prefix}{_label(a)}_to_{_label(b)}"] = recall(scores)
             results[f"{prefix}{_label(b)}_to_{_label(a)}"] = recall(scores.T)

@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import load_file
 
 from mmctx.config import build_config
-from mmctx.errors import CheckpointError, SkipBudgetError
+from mmctx.errors import CheckpointError, ConfigError, DataError, SkipBudgetError
 from mmctx.jsonl import read_lines
 from mmctx.train.checkpoint import list_checkpoints, load_model, resolve_checkpoint
 from mmctx.train.config import RunConfig
@@ -52,8 +52,9 @@ def launch(tree: dict[str, Any], tmp_path: Path, name: str, *prefix: str, **trai
     path = tmp_path / f"{name}.yaml"
     path.write_text(yaml.safe_dump(tree))
     command = [sys.executable, *(prefix or ["-m"]), "mmctx.train", str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
     )
 
 
@@ -115,6 +116,53 @@ def test_ctrl_c_saves_and_exits_with_its_own_code(tree: dict[str, Any], tmp_path
     assert int(checkpoint.name.removeprefix("checkpoint-")) == read_lines(run_dir / "metrics.jsonl")[-1]["step"]
 
 
+def test_ctrl_c_in_a_terminal_reaches_loader_workers_too_and_still_saves(tree: dict[str, Any], tmp_path: Path) -> None:
+    tree["data"]["num_workers"] = 2
+    process = launch(tree, tmp_path, "group", steps=100_000, save_every=100_000)
+    run_dir = Path(tree["run"]["dir"]) / "group"
+    wait_for(run_dir / "metrics.jsonl", process)
+    while not read_lines(run_dir / "metrics.jsonl"):
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors[-2000:]
+    assert list_checkpoints(run_dir)
+
+
+def test_other_precisions_and_recomputed_activations_in_one_process(tree: dict[str, Any]) -> None:
+    plain = read_lines(train(build(tree, "fp32", steps=2)).run_dir / "metrics.jsonl")
+    rough = read_lines(train(build(tree, "bf16", steps=2, precision="bf16")).run_dir / "metrics.jsonl")
+    tree["model"]["transformer"]["checkpoint_activations"] = True
+    frugal = read_lines(train(build(tree, "frugal", steps=2)).run_dir / "metrics.jsonl")
+    for a, b, c in zip(plain, rough, frugal, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.05)
+        assert a["loss"] != b["loss"]
+        assert a["loss"] == pytest.approx(c["loss"], rel=1e-6)
+
+
+def test_other_data_at_the_same_place_cannot_resume_a_run_and_moved_data_can(
+    tree: dict[str, Any], corpus: Path, tmp_path: Path
+) -> None:
+    train(build(tree, "moved", steps=2))
+    shutil.copytree(corpus, tmp_path / "corpus")
+    moved = json.loads(json.dumps(tree).replace(str(corpus), str(tmp_path / "corpus")))
+    assert train(build(moved, "moved", steps=3)).step == 3
+    (tmp_path / "corpus" / "triples-000001.tar").unlink()
+    with pytest.raises(CheckpointError, match=r"fingerprint \w+, those configured now have \w+"):
+        train(build(moved, "moved", steps=4))
+
+
+def test_what_the_evaluation_needs_is_checked_before_training(tree: dict[str, Any]) -> None:
+    tree["eval"]["suites"] = ["retrieval", "captions"]
+    with pytest.raises(ConfigError, match=r"'captions'.*caption"):
+        train(build(tree, "suites"))
+    tree["eval"]["suites"] = ["retrieval"]
+    tree["eval"]["sources"]["heldout"]["shards"] = "nowhere-*.tar"
+    with pytest.raises(DataError, match="nowhere"):
+        train(build(tree, "shards"))
+    assert not (Path(tree["run"]["dir"]) / "shards").exists()
+
+
 def test_a_finished_run_is_left_as_it_is(tree: dict[str, Any]) -> None:
     config = build(tree, "again", steps=2)
     before = (train(config).run_dir / "latest" / "model.safetensors").stat().st_mtime_ns
@@ -151,7 +199,10 @@ def test_loader_workers_change_nothing(tree: dict[str, Any]) -> None:
 @pytest.mark.timeout(300)
 def test_two_processes_equal_one(tree: dict[str, Any], tmp_path: Path) -> None:
     """A real second process over gloo: the same global batches, the same losses and weights."""
-    tree["model"]["transformer"]["dropout"] = 0.0  # dropout is drawn for each rank
+    tree["data"]["sources"] |= {  # text alone in a third of the bins: some rank often has neither pictures nor sound
+        "text": {"shards": tree["data"]["sources"]["triples"]["shards"], "objectives": ["masked_lm"]}
+    }
+    tree["objectives"]["masked_lm"]["context"] = "none"
     one = train(build(tree, "one", steps=4))
     two = launch(
         tree, tmp_path, "two", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", steps=4

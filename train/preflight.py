@@ -1,0 +1,31 @@
+"""What would only fail after hours of training is looked at before the first step."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from mmctx.datasets.index import expand_shards
+from mmctx.errors import ConfigError
+from mmctx.eval import SUITES
+from mmctx.train.config import RunConfig
+
+
+def check_run(config: RunConfig) -> None:
+    """Looks for what logging and the evaluation at the end will need.
+
+    Raises:
+        ConfigError: an unknown suite, or a package that is not installed.
+        DataError: held-out shards that do not exist.
+    """
+    if config.train.tensorboard and find_spec("tensorboard") is None:
+        raise ConfigError("train.tensorboard is true, but tensorboard is not installed: pip install 'mmctx[train]'")
+    if not config.eval.sources:
+        return
+    if unknown := [name for name in config.eval.suites if name not in SUITES]:
+        raise ConfigError(f"eval.suites: no suite named {unknown[0]!r}; there are {', '.join(SUITES)}")
+    for source in config.eval.sources.values():
+        expand_shards(source.shards)
+    if missing := [name for name in ("jinja2", "jiwer") if find_spec(name) is None]:
+        raise ConfigError(
+            f"eval.sources is set, but {' and '.join(missing)} is not installed: pip install 'mmctx[eval]'"
+        )
