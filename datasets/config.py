@@ -16,7 +16,7 @@ class SourceConfig(StrictModel):
     """Names of the objectives that every sample of this source serves."""
     texts: tuple[str, ...] = ("txt",)
     """Where texts stand: a member's extension, or `json:dotted.path` inside `KEY.json`. Numbered text0, text1, ... in this order."""
-    weight: float | None = Field(None, gt=0)
+    weight: float | None = Field(default=None, gt=0)
     """Share of samples drawn from this source. Give it for all sources, or for none: then every sample comes once an epoch."""
 
     @model_validator(mode="after")
@@ -35,25 +35,25 @@ class DataConfig(StrictModel):
     """Folder of a Transformers fast tokenizer."""
     sources: dict[str, SourceConfig]
     """Named sources."""
-    context_length: int = Field(2048, ge=1)
+    context_length: int = Field(default=2048, ge=1)
     """Longest document in tokens; longer ones are left out and listed in `skips.jsonl`."""
-    bin_tokens: int = Field(8192, ge=1)
+    bin_tokens: int = Field(default=8192, ge=1)
     """Tokens of one packed batch, what one rank takes in one micro-batch; single ones may hold up to about a tenth more."""
-    bins_per_step: int = Field(1, ge=1)
+    bins_per_step: int = Field(default=1, ge=1)
     """Packed batches of one global step, shared out among the ranks; must be a multiple of their number."""
-    window_steps: int = Field(16, ge=1)
+    window_steps: int = Field(default=16, ge=1)
     """Steps that are packed together: larger windows fill bins better and more evenly."""
-    block_size: int = Field(16, ge=1)
+    block_size: int = Field(default=16, ge=1)
     """Neighbouring samples of a shard that are read together."""
-    blocks_in_flight: int = Field(64, ge=1)
+    blocks_in_flight: int = Field(default=64, ge=1)
     """Blocks among which samples are shuffled."""
-    num_workers: int = Field(0, ge=0)
+    num_workers: int = Field(default=0, ge=0)
     """Loader processes a rank."""
-    prefetch: int = Field(2, ge=1)
+    prefetch: int = Field(default=2, ge=1)
     """Batches that each worker prepares ahead."""
-    cache_mb: int = Field(0, ge=0)
+    cache_mb: int = Field(default=0, ge=0)
     """MiB of decoded samples that each loading process keeps, for sets that are read many times and fit. They are not decoded again."""
-    skip_budget: float = Field(0.01, ge=0, le=1)
+    skip_budget: float = Field(default=0.01, ge=0, le=1)
     """Largest share of samples that may be skipped while training before the run stops."""
 
     @model_validator(mode="after")

@@ -26,13 +26,13 @@ from mmctx.layout import DocumentLayout
 class RopeConfig(StrictModel):
     """Rotary position embedding (Su et al. 2021) and how it is stretched to a longer context."""
 
-    base: float = Field(10_000.0, gt=1)
+    base: float = Field(default=10_000.0, gt=1)
     """Wavelength base; larger bases turn more slowly."""
     scaling: Literal["none", "linear", "ntk", "yarn"] = "none"
     """none; linear: positions divided by `factor` (Chen et al. 2023); ntk: base raised instead; yarn: by parts (Peng et al. 2023)."""
-    factor: float = Field(1.0, ge=1)
+    factor: float = Field(default=1.0, ge=1)
     """How many times longer the new context is than `original_context`."""
-    original_context: int = Field(2048, ge=1)
+    original_context: int = Field(default=2048, ge=1)
     """Context the weights were trained at; only yarn reads it."""
     beta_fast: float = 32.0
     """yarn: dimensions that turn more often than this within the original context are left alone."""
@@ -43,17 +43,17 @@ class RopeConfig(StrictModel):
 class TransformerConfig(StrictModel):
     """Shape of the trunk."""
 
-    width: int = Field(192, ge=1)
+    width: int = Field(default=192, ge=1)
     """D."""
-    depth: int = Field(4, ge=1)
+    depth: int = Field(default=4, ge=1)
     """Number of blocks."""
-    num_heads: int = Field(4, ge=1)
+    num_heads: int = Field(default=4, ge=1)
     """H."""
     num_kv_heads: int | None = None
     """K; null means H (no grouping)."""
     head_dim: int | None = None
     """d; null means D / H."""
-    mlp_width: int = Field(512, ge=1)
+    mlp_width: int = Field(default=512, ge=1)
     """F."""
     rope: RopeConfig = RopeConfig()
     """Positions."""
@@ -65,7 +65,7 @@ class TransformerConfig(StrictModel):
     """RMSNorm (Zhang and Sennrich 2019), or LayerNorm, which on CPU has a fused kernel and takes a fifth of the time."""
     norm_eps: float = 1e-6
     """Epsilon of every norm."""
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on what each attention and MLP adds to the residual stream."""
     tie_embeddings: bool = True
     """The output head is the input embedding."""

@@ -25,15 +25,15 @@ class RunInfo(StrictModel):
 class OptimizerConfig(StrictModel):
     """AdamW with decay groups (Loshchilov and Hutter 2019)."""
 
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(default=1e-3, gt=0)
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.98)
     """AdamW's moment decays."""
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
     """AdamW's epsilon."""
-    weight_decay: float = Field(0.1, ge=0)
+    weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled L2, on matrices only: not on norms, biases, embeddings and scales."""
-    clip_norm: float = Field(1.0, gt=0)
+    clip_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this global norm."""
 
 
@@ -42,16 +42,16 @@ class ScheduleConfig(StrictModel):
 
     kind: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape after the warm-up."""
-    warmup_steps: int = Field(100, ge=0)
+    warmup_steps: int = Field(default=100, ge=0)
     """Linear rise from zero."""
-    final_ratio: float = Field(0.05, ge=0, le=1)
+    final_ratio: float = Field(default=0.05, ge=0, le=1)
     """Share of the peak that is left at the last step."""
 
 
 class TrainConfig(StrictModel):
     """The loop."""
 
-    steps: int = Field(1000, ge=1)
+    steps: int = Field(default=1000, ge=1)
     """Global steps."""
     seed: int = 0
     """Seeds weights, order, masking and dropout."""
@@ -61,11 +61,11 @@ class TrainConfig(StrictModel):
     """AdamW."""
     schedule: ScheduleConfig = ScheduleConfig()
     """Learning rate."""
-    log_every: int = Field(10, ge=1)
+    log_every: int = Field(default=10, ge=1)
     """Steps between lines of metrics.jsonl; the device is asked for numbers only then."""
-    save_every: int = Field(1000, ge=1)
+    save_every: int = Field(default=1000, ge=1)
     """Steps between checkpoints; one is always written at the end and on Ctrl-C."""
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
     """Older ones are deleted."""
     tensorboard: bool = False
     """Write TensorBoard events beside metrics.jsonl."""

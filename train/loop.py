@@ -204,7 +204,7 @@ class Sitting:
             parts.append(self.config.objectives[name].weight * loss.total / divisor)
         return torch.stack(parts).sum() * self.accelerator.num_processes
 
-    def _global_counts(self, micro_batches: list[PackedBatch]) -> dict[str, int | Tensor]:
+    def _global_counts(self, micro_batches: list[PackedBatch]) -> Mapping[str, int | Tensor]:
         """Predictions of each objective in the whole global step. With several ranks they stay on the device: nobody waits for them."""
         heads = self.raw_model.objectives
         counts = {name: sum(head.count(batch) for batch in micro_batches) for name, head in heads.items()}  # type: ignore[operator]

@@ -1,9 +1,9 @@
 """Picture books: long documents in which pictures, spoken names and prose follow one another.
 
 Each book has a theme. A page shows a picture or plays a name and then says what it was; later pages come back to
-earlier ones by number, by showing the picture again or by playing the clip again, so that a reader with a long
-context does better. Books are drafted first (text and keys), then cut to the context at the end of a page, then filled
-with bytes.
+earlier ones by number, by showing the picture again or by playing the clip again, and talkative books recount after
+every page what was seen and heard before, so that a reader with a long context does better. Books are drafted first
+(text and keys), then cut to the context at the end of a page, then filled with bytes.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from typing import Literal, NamedTuple
 from mmctx.datasets.build.catalogue import Emoji, keyed_hash
 
 MIN_SEGMENTS, MAX_SEGMENTS = 4, 60
-TOKENS_PER_PICTURE = 16
-TOKENS_PER_SECOND = 100 / 8  # 100 frames a second, 8 frames a token
+MAX_RECOUNTED = 16
+TOKENS_PER_PICTURE = 4  # the demo's model: 64 pixels, patches of 16, 2 x 2 of them merged
+TOKENS_PER_SECOND = 100 / 16  # 100 frames a second, 16 of them a token
 
 _TITLES = (
     "The book of {theme}.\n",
@@ -56,6 +57,22 @@ _AFTER_SAID = ("Yes, {name}.\n", "So the {name} was named.\n", "Again: {name}.\n
 _BACK_BY_NUMBER = {
     "picture": ("The picture on page {page} was the {name}.\n", "Do you remember page {page}? It showed the {name}.\n"),
     "sound": ("The voice on page {page} said {name}.\n", "Do you remember page {page}? We heard the words {name}.\n"),
+}
+_RECOUNTED = {
+    "picture": (
+        "Page {page} showed the {name}.",
+        "On page {page} we saw the {name}.",
+        "The {name} was the picture on page {page}.",
+        "Do not forget the {name} on page {page}.",
+        "There was a picture of the {name} on page {page}.",
+    ),
+    "sound": (
+        "On page {page} a voice said {name}.",
+        "We heard {name} on page {page}.",
+        "The words {name} were spoken on page {page}.",
+        "Page {page} was the one that sounded like {name}.",
+        "Someone named the {name} on page {page}.",
+    ),
 }
 _BACK_BY_PICTURE = ("We have seen this before. ", "Where was this picture? ", "Here it is again. ")
 _BACK_BY_SOUND = ("We have heard this before. ", "Where was this voice? ", "Listen to it again. ")
@@ -107,6 +124,7 @@ def draft_books(emoji: Sequence[Emoji], seed: int, num_books: int) -> list[list[
 def _draft(rng: random.Random, theme: str, emoji: Sequence[Emoji], num_segments: int) -> list[Page]:
     """A title and pages until ``num_segments`` are reached. No two emoji of a book share a picture."""
     cast = list({item.picture: item for item in rng.sample(emoji, len(emoji))}.values())
+    recounted = int(math.exp(rng.uniform(0, math.log(MAX_RECOUNTED + 1)))) - 1  # sentences after a page, at most
     pages: list[Page] = []
     seen: list[_Seen] = []
     room = num_segments - 1
@@ -115,6 +133,8 @@ def _draft(rng: random.Random, theme: str, emoji: Sequence[Emoji], num_segments:
         page = _write_page(rng, number, room, cast, seen)
         if page is None:
             break
+        earlier = [item for item in seen if item.page < number]
+        page[-1] = Segment("text", page[-1].value + _recount(rng, earlier, recounted))
         pages.append(page)
         room -= len(page)
     return [[Segment("text", rng.choice(_TITLES).format(theme=theme))], *pages]
@@ -155,13 +175,20 @@ def _look_back(rng: random.Random, heading: str, seen: _Seen, room: int) -> Page
     return [Segment("text", heading + question), medium, Segment("text", rng.choice(_ANSWERS).format(**fill))]
 
 
+def _recount(rng: random.Random, earlier: list[_Seen], most: int) -> str:
+    """What earlier pages held, in up to ``most`` sentences, one line in all; nothing at the start of a book."""
+    recalled = rng.sample(earlier, min(most, len(earlier)))
+    sentences = [rng.choice(_RECOUNTED[s.kind]).format(page=s.page, name=s.emoji.name) for s in recalled]
+    return " ".join(sentences) + "\n" if sentences else ""
+
+
 def book_text(book: Sequence[Page]) -> str:
     """All prose of a book in order."""
     return "".join(segment.value for page in book for segment in page if segment.kind == "text")
 
 
 def page_tokens(page: Page, count_tokens: Callable[[str], int], seconds: Mapping[str, float]) -> int:
-    """Estimated tokens of a page: 16 a picture, ``ceil(seconds * 100 / 8)`` a clip, text by the tokenizer."""
+    """Tokens of a page for the demo's model: 4 a picture, ``ceil(seconds * 100 / 16)`` a clip, text by the tokenizer."""
     total = 0
     for kind, value in page:
         if kind == "text":

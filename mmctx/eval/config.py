@@ -15,7 +15,7 @@ class EvalConfig(StrictModel):
     """Held-out sources, read in full, in order. None means no evaluation at the end of training."""
     suites: tuple[str, ...] = ("loss", "retrieval", "caption", "masked_lm")
     """Suites of `mmctx.eval.SUITES`, in this order."""
-    max_new_tokens: int = Field(24, ge=1)
+    max_new_tokens: int = Field(default=24, ge=1)
     """Longest caption or transcript."""
-    num_examples: int = Field(12, ge=0)
+    num_examples: int = Field(default=12, ge=0)
     """Pictures and clips shown in the report."""

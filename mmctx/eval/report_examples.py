@@ -120,7 +120,9 @@ def _media(kind: str, source_name: str, sample_id: int, data: RunData) -> Iterat
     if kind == "audio":
         waveform, rate = decode_audio(members[extension])
         yield "seconds", len(waveform) / rate
-        frames = data.dataset.preprocessors.audio(waveform, rate).values  # (F, M)
+        make_item = data.dataset.preprocessors.audio
+        assert make_item is not None, "a model without a sound encoder has no captions of sound"
+        frames = make_item(waveform, rate).values  # (F, M)
         yield "spectrogram", data_uri("image/png", spectrogram_png(frames.numpy()))
 
 

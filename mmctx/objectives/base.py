@@ -21,7 +21,7 @@ from mmctx.tokenizer import TextTokenizer
 class ObjectiveConfig(StrictModel):
     """What every objective has."""
 
-    weight: float = Field(1.0, ge=0)
+    weight: float = Field(default=1.0, ge=0)
     """Factor of the objective's mean loss in the total."""
 
 

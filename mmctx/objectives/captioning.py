@@ -32,7 +32,7 @@ class CaptioningConfig(ObjectiveConfig):
     """Next-token prediction on text after pictures, sounds and text."""
 
     kind: Literal["captioning"] = "captioning"
-    text: int = Field(0, ge=0)
+    text: int = Field(default=0, ge=0)
     """Which of the source's `texts` is predicted."""
 
 

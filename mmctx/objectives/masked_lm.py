@@ -19,11 +19,11 @@ class MaskedLMConfig(ObjectiveConfig):
     """Prediction of hidden text tokens from both sides."""
 
     kind: Literal["masked_lm"] = "masked_lm"
-    rate: float = Field(0.15, gt=0, le=1)
+    rate: float = Field(default=0.15, gt=0, le=1)
     """Share of text tokens to predict; every document has at least one."""
     context: Literal["none", "image", "audio"] = "none"
     """What a plain sample's text is read beside. An interleaved document keeps all its media."""
-    text: int = Field(0, ge=0)
+    text: int = Field(default=0, ge=0)
     """Which of the source's `texts` is masked."""
 
 

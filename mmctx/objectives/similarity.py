@@ -33,9 +33,9 @@ class SimilarityConfig(ObjectiveConfig):
     """Size of the embedding; null for the trunk's width."""
     causal: bool = False
     """Views attend to the past only, or (the default) in both directions."""
-    initial_temperature: float = Field(0.07, gt=0)
+    initial_temperature: float = Field(default=0.07, gt=0)
     """The learned scale starts at 1 / this, as in CLIP."""
-    max_scale: float = Field(100.0, gt=0)
+    max_scale: float = Field(default=100.0, gt=0)
     """The learned scale is capped here."""
 
     @model_validator(mode="after")

@@ -223,9 +223,9 @@ class TestBooks:
                 if "text" in segment:
                     tokens += len(tokenizer(segment["text"]).input_ids)
                 elif "image" in segment:
-                    tokens += 16
+                    tokens += 4
                 else:
-                    tokens += math.ceil(soundfile.info(io.BytesIO(book[segment["audio"]])).duration * 100 / 8)
+                    tokens += math.ceil(soundfile.info(io.BytesIO(book[segment["audio"]])).duration * 100 / 16)
             assert tokens <= 200
 
     def test_lengths_spread_and_answers_are_right(self):
