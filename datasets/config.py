@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from mmctx.config import StrictModel
+from mmctx.datasets.augment import SpecAugmentConfig
 
 
 class SourceConfig(StrictModel):
@@ -18,6 +19,9 @@ class SourceConfig(StrictModel):
     """Where texts stand: a member's extension, or `json:dotted.path` inside `KEY.json`. Numbered text0, text1, ... in this order."""
     weight: float | None = Field(default=None, gt=0)
     """Share of samples drawn from this source. Give it for all sources, or for none: then every sample comes once an epoch."""
+
+    spec_augment: SpecAugmentConfig | None = None
+    """Mask bands and stretches of its clips, other ones in each epoch; null (as for held-out sources) leaves clips as they are."""
 
     @model_validator(mode="after")
     def _check(self) -> SourceConfig:

@@ -44,7 +44,7 @@ def decode_sample(
         make_audio: mono clip (n,) float32 and its rate in Hz -> item; None leaves clips out.
 
     Raises:
-        SampleError: the sample cannot be used, for the reasons in `contents.REASONS`.
+        SampleError: the sample cannot be used, for the reasons in `contents.REASONS` or those of the preprocessors.
     """
     document = parse_json(raw.members)
     segments = parse_segments(document)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from mmctx.datasets.augment import augment
 from mmctx.datasets.config import DataConfig, SourceConfig
 from mmctx.datasets.decode import decode_sample
 from mmctx.datasets.order import derive_key
@@ -86,6 +87,9 @@ class PackedDataset(Dataset[PackedBatch]):
         """
         source, config = self.sources[source_number]
         sample = self._sample(source_number, sample_id)
+        if config.spec_augment is not None:
+            rng = np.random.default_rng(derive_key(self.seed, "augment", source.name, sample.key, epoch))
+            sample = augment(sample, config.spec_augment, rng)
         found: list[Document] = []
         for name in config.objectives:
             rng = np.random.default_rng(derive_key(self.seed, name, source.name, sample.key, epoch))

@@ -62,7 +62,7 @@ class Plan:
 
     Args:
         config: sizes and weights.
-        tables: the usable samples of each source, in the order of `config.sources`.
+        tables: the usable samples of each source, ordered by name.
         seed: the run's seed.
 
     Raises:

@@ -126,14 +126,6 @@ class Source:
         """The word of `contents.REASONS` for a code that `flags` gave."""
         return REASONS[code]
 
-    def usable_ids(self) -> np.ndarray:
-        """(m,) int64 numbers of the samples that can be used, ascending."""
-        parts = []
-        for number in range(len(self.shards)):
-            ids = np.arange(self._bounds[number], self._bounds[number + 1])
-            parts.append(ids[self.flags(ids) == 0])
-        return np.concatenate(parts)
-
     def locate(self, sample_id: int) -> tuple[Path, str]:
         """(shard, key) of a sample."""
         shard, local = self._find(sample_id)

@@ -36,7 +36,7 @@ class AudioEncoder(nn.Module):
         attention_backend: see `mmctx.attention.attention`.
     """
 
-    positions: Tensor  # (tokens of a full chunk, C)
+    positions: Tensor  # (positions of a full chunk, C)
 
     def __init__(self, config: AudioEncoderConfig, dim: int, attention_backend: str = "auto") -> None:
         super().__init__()

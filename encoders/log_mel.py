@@ -61,7 +61,7 @@ class AudioEncoderConfig(StrictModel):
 
     @property
     def chunk_frames(self) -> int:
-        """Frames of a full chunk: a multiple of `stride`, so cutting a clip adds no embedding."""
+        """Frames of a full chunk: a multiple of `frames_per_token`, so cutting a clip adds no embedding."""
         frames = round(self.chunk_seconds * self.sample_rate) // self.hop_length
         return frames - frames % self.frames_per_token
 

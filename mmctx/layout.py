@@ -63,6 +63,10 @@ class DocumentLayout:
         """Tokens of the causal documents: they fill positions `[0, num_causal_tokens)`."""
         return sum(self.lengths[: self.num_causal])
 
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> DocumentLayout:
+        """The same layout on another device."""
+        return self.with_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
     def with_tensors(self, change: Callable[[Tensor], Tensor]) -> DocumentLayout:
         """The same layout with its tensors moved or pinned by `change`; caches do not come along."""
         return DocumentLayout(cu_seqlens=change(self.cu_seqlens), lengths=self.lengths, num_causal=self.num_causal)

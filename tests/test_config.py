@@ -44,6 +44,7 @@ def test_overrides_reach_nested_keys_and_lists(file: Path) -> None:
         ("data.bin_tokens=100", ["bin_tokens 100", "context_length 128"]),
         ("data.sources.books.objectives=[captoining]", ["captoining", "captioning"]),
         ("data.sources.books.weight=2", ["'books'", "'triples'"]),
+        ("objectives={a.b: {kind: captioning}}", ["'a.b'", "letters"]),
         ("nonsense", ["nonsense", "key=value"]),
         ("data.sources.triples.texts.9=txt", ["texts", "2 items"]),
     ],

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import Field, model_validator
+from torch import nn
 
 from mmctx.config import StrictModel
 from mmctx.datasets.config import DataConfig
@@ -91,6 +93,9 @@ class RunConfig(StrictModel):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
+        for name in self.objectives:
+            if not re.fullmatch(r"\w+", name) or hasattr(nn.ModuleDict, name):
+                raise ValueError(f"objectives: {name!r} cannot name an objective; use letters, digits and underscores")
         for where, sources in (("data", self.data.sources), ("eval", self.eval.sources)):
             for name, source in sources.items():
                 for objective in source.objectives:

@@ -31,7 +31,7 @@ from mmctx.train.checkpoint import TrainerState, list_checkpoints, resume, save_
 from mmctx.train.config import RunConfig
 from mmctx.train.optim import build_optimizer, learning_rate
 from mmctx.train.preflight import check_run
-from mmctx.train.records import JsonLines, ProgressBar, SkipLedger, trim
+from mmctx.train.records import JsonLines, ProgressBar, SkipLedger, announce_indexing, trim
 from mmctx.train.stop import StopOnSignal
 
 
@@ -100,7 +100,10 @@ def _sit_down(config: RunConfig, accelerator: Accelerator) -> Sitting:
     run_dir = Path(config.run.dir) / config.run.name
     run_dir.mkdir(parents=True, exist_ok=True)
     with accelerator.main_process_first():  # the others find the indexes that the first one wrote
-        data = build_data(config.data, config.data.sources, config.model, config.objectives, config.train.seed)
+        progress = announce_indexing(enabled=accelerator.is_main_process)
+        data = build_data(
+            config.data, config.data.sources, config.model, config.objectives, config.train.seed, progress
+        )
     if list_checkpoints(run_dir):
         config_to_build = config.model_copy(update={"model": without_pretrained(config.model)})
     else:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -81,6 +82,19 @@ class SkipLedger:
     def close(self) -> None:
         """Closes the file."""
         self._lines.close()
+
+
+def announce_indexing(enabled: bool) -> Callable[[int, int], None]:
+    """A progress function for `build_data` that speaks up every few seconds: fresh indexes pass in silence."""
+    spoken = time.monotonic()
+
+    def announce(done: int, total: int) -> None:
+        nonlocal spoken
+        if enabled and time.monotonic() - spoken > 3:
+            spoken = time.monotonic()
+            print(f"indexed {done} of {total} shards", file=sys.stderr, flush=True)
+
+    return announce
 
 
 class ProgressBar:

@@ -56,7 +56,7 @@ def test_measures(shard, tokenizer):
 def test_counter_counts_as_the_tokenizer_does(tokenizer):
     texts = ["a caption", "名字 \n", "<|image|> <|endoftext|>", ""]
     counter = pickle.loads(pickle.dumps(TokenCounter.of(tokenizer)))
-    assert counter.count(texts) == tokenizer.count(texts)
+    assert list(counter.count(texts)) == [len(tokenizer.encode(text)) for text in texts]
 
 
 def as_json(content: object) -> bytes:
@@ -83,7 +83,7 @@ def test_a_defect_is_flagged_by_its_reason(tmp_path, tokenizer, reason):
     flags = source.flags(np.arange(3))
     assert [source.flag_reason(f) for f in flags] == ["ok", reason, "ok"]
     assert [(p.key, p.reason) for p in index.problems()] == [("defect", reason)]
-    assert source.usable_ids().tolist() == [0, 2]
+    assert np.flatnonzero(source.flags(np.arange(source.num_samples)) == 0).tolist() == [0, 2]
     assert source.sizes(np.arange(3), area, clip_length).text_tokens.min() >= -1
 
 

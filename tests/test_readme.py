@@ -1,0 +1,66 @@
+"""What the README tells people to type exists: commands, options, overrides, make targets, Python names, files."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+
+import mmctx
+from mmctx.cli import app
+from mmctx.config import build_config, load_config
+from mmctx.datasets.config import DataConfig
+from mmctx.train.config import RunConfig
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.S)
+LINES = [line.split("#")[0].strip() for language, block in BLOCKS if not language for line in block.splitlines()]
+COMMANDS = [line for line in LINES if line.startswith("mmctx ")]
+
+
+def test_there_is_something_to_test() -> None:
+    assert len(COMMANDS) >= 6
+    assert any(line.startswith("make demo") for line in LINES)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_parse(line: str) -> None:
+    command = typer.main.get_command(app)
+    context = None
+    words = shlex.split(line)[1:]
+    while hasattr(command, "commands"):
+        command = command.commands[words.pop(0)]  # type: ignore[attr-defined]
+    context = command.make_context(line, words)  # raises on unknown options or missing arguments
+    overrides = context.params.get("overrides") or []
+    config = context.params.get("config")
+    if config is not None:
+        load_config(RunConfig, ROOT / config, overrides)
+    assert context.command is command
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if line.startswith("make ")])
+def test_make_targets_exist(line: str) -> None:
+    assert re.search(rf"^{line.split()[1]}:", (ROOT / "Makefile").read_text(), re.M)
+
+
+def test_python_names_exist() -> None:
+    for source in [block for language, block in BLOCKS if language == "python"]:
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "mmctx":
+                assert node.attr in mmctx.__all__
+
+
+def test_yaml_is_a_data_section() -> None:
+    (section,) = [yaml.safe_load(block) for language, block in BLOCKS if language == "yaml"]
+    build_config(DataConfig, section["data"], "README.md")
+
+
+def test_linked_files_exist() -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
