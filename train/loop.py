@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import platform
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +19,7 @@ from mmctx.datasets.assemble import RunData, build_data
 from mmctx.datasets.fetch import StepSampler, make_loader
 from mmctx.datasets.order import derive_key
 from mmctx.datasets.plan import Plan
-from mmctx.model import MmctxModel, count_parameters
+from mmctx.model import MmctxModel
 from mmctx.objectives import LossSum
 from mmctx.pack import PackedBatch
 from mmctx.train.build import build_model
@@ -31,7 +27,7 @@ from mmctx.train.checkpoint import TrainerState, list_checkpoints, resume, save_
 from mmctx.train.config import RunConfig
 from mmctx.train.optim import build_optimizer, learning_rate
 from mmctx.train.preflight import check_run
-from mmctx.train.records import JsonLines, ProgressBar, SkipLedger, announce_indexing, trim
+from mmctx.train.records import JsonLines, ProgressBar, SkipLedger, announce_indexing, trim, write_manifest
 from mmctx.train.stop import StopOnSignal
 
 
@@ -311,17 +307,7 @@ class Sitting:
         else:
             self.ledger.record(self.data.skips, step=0)
         dump_config(self.config, self.run_dir / "config.yaml")
-        manifest = {
-            "parameters": count_parameters(self.raw_model),
-            "usable_samples": plan.num_samples,
-            "left_out_samples": dict(Counter(skip.reason for skip in self.data.skips)),
-            "samples_per_step": plan.samples_per_step,
-            "processes": self.accelerator.num_processes,
-            "device": str(self.accelerator.device),
-            "python": platform.python_version(),
-            "versions": {name: version(name) for name in ("mmctx", "torch", "accelerate", "transformers", "timm")},
-        }
-        (self.run_dir / "manifest.json").write_text(json.dumps(manifest, indent=2))
+        manifest = write_manifest(self.run_dir, self.raw_model, plan, self.data.skips, self.accelerator)
         self.bar.say(
             f"{self.run_dir}: {manifest['parameters']:,} parameters, {plan.num_samples:,} samples, "
             f"{plan.samples_per_step:.1f} of them a step"

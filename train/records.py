@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
+from accelerate import Accelerator
+
+from mmctx.datasets.plan import Plan
 from mmctx.errors import SkipBudgetError
 from mmctx.jsonl import read_lines
+from mmctx.model import MmctxModel, count_parameters
 from mmctx.pack import Skip
 
 
@@ -82,6 +88,24 @@ class SkipLedger:
     def close(self) -> None:
         """Closes the file."""
         self._lines.close()
+
+
+def write_manifest(
+    run_dir: Path, model: MmctxModel, plan: Plan, skips: Sequence[Skip], accelerator: Accelerator
+) -> dict[str, Any]:
+    """What the run is made of and with, in `manifest.json`; also returned."""
+    manifest = {
+        "parameters": count_parameters(model),
+        "usable_samples": plan.num_samples,
+        "left_out_samples": dict(Counter(skip.reason for skip in skips)),
+        "samples_per_step": plan.samples_per_step,
+        "processes": accelerator.num_processes,
+        "device": str(accelerator.device),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("mmctx", "torch", "accelerate", "transformers", "timm")},
+    }
+    (run_dir / "manifest.json").write_text(json.dumps(manifest, indent=2))
+    return manifest
 
 
 def announce_indexing(enabled: bool) -> Callable[[int, int], None]:
