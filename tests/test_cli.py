@@ -15,7 +15,7 @@ MMCTX = [sys.executable, "-m", "mmctx.cli"]
 
 
 def run(*arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([*MMCTX, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*MMCTX, *map(str, arguments)], capture_output=True, text=True, timeout=500)
     assert done.returncode == code, done.stderr[-3000:]
     return done
 
