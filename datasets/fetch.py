@@ -219,5 +219,6 @@ def make_loader(dataset: PackedDataset, bins: Sampler[Bin] | Sequence[Bin], conf
 
 
 def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal; workers must live until the run has saved."""
+    """Ctrl-C and a scheduler's SIGTERM reach the whole process group; workers must live until the run has saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -116,14 +116,17 @@ def test_ctrl_c_saves_and_exits_with_its_own_code(tree: dict[str, Any], tmp_path
     assert int(checkpoint.name.removeprefix("checkpoint-")) == read_lines(run_dir / "metrics.jsonl")[-1]["step"]
 
 
-def test_ctrl_c_in_a_terminal_reaches_loader_workers_too_and_still_saves(tree: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("wish", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_group_reaches_loader_workers_too_and_still_saves(
+    tree: dict[str, Any], tmp_path: Path, wish: signal.Signals
+) -> None:
     tree["data"]["num_workers"] = 2
     process = launch(tree, tmp_path, "group", steps=100_000, save_every=100_000)
     run_dir = Path(tree["run"]["dir"]) / "group"
     wait_for(run_dir / "metrics.jsonl", process)
     while not read_lines(run_dir / "metrics.jsonl"):
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, wish)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 130, errors[-2000:]
     assert list_checkpoints(run_dir)
