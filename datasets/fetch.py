@@ -64,7 +64,7 @@ class PackedDataset(Dataset[PackedBatch]):
                     )
         self.sources, self.preprocessors, self.objectives = list(sources), preprocessors, dict(objectives)
         self.tokenizer, self.seed, self.cache_mb = tokenizer, seed, cache_mb
-        self._cache: dict[tuple[str, int], Sample] = {}  # by source and sample
+        self._cache: dict[tuple[int, str, int], Sample] = {}  # by number (a uid holds it) and name of the source, and sample
         self._cache_room = cache_mb << 20
         self.undecodable: list[Skip] = []  # what this process came across, as often as it did
 
@@ -119,7 +119,7 @@ class PackedDataset(Dataset[PackedBatch]):
         so making room would only throw out what is wanted next.
         """
         source, config = self.sources[source_number]
-        known = self._cache.get((source.name, sample_id))
+        known = self._cache.get((source_number, source.name, sample_id))
         if known is not None:
             return known
         sample = decode_sample(
@@ -132,7 +132,7 @@ class PackedDataset(Dataset[PackedBatch]):
             make_audio=self.preprocessors.audio,
         )
         if (size := sample.num_bytes) <= self._cache_room:
-            self._cache[source.name, sample_id] = sample
+            self._cache[source_number, source.name, sample_id] = sample
             self._cache_room -= size
         return sample
 
