@@ -64,7 +64,9 @@ class PackedDataset(Dataset[PackedBatch]):
                     )
         self.sources, self.preprocessors, self.objectives = list(sources), preprocessors, dict(objectives)
         self.tokenizer, self.seed, self.cache_mb = tokenizer, seed, cache_mb
-        self._cache: dict[tuple[int, str, int], Sample] = {}  # by number (a uid holds it) and name of the source, and sample
+        self._cache: dict[
+            tuple[int, str, int], Sample
+        ] = {}  # by number (a uid holds it) and name of the source, and sample
         self._cache_room = cache_mb << 20
         self.undecodable: list[Skip] = []  # what this process came across, as often as it did
 
