@@ -6,6 +6,8 @@ The names below are what a notebook needs. They load when first used, so that `i
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,6 +21,25 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'mmctx' has no attribute {name!r}; it has {', '.join(__all__)}")
     return getattr(importlib.import_module("mmctx.api"), name)
+
+
+class _Package(ModuleType):
+    """This package, with `train` always the function of that name.
+
+    Importing anything below `mmctx.train` makes Python bind the name to the subpackage, which cannot be called. It is
+    imported by its full path: `from mmctx.train.loop import ...`, not `import mmctx.train.loop as loop`.
+    """
+
+    @property
+    def train(self) -> Any:
+        return __getattr__("train")
+
+    @train.setter
+    def train(self, subpackage: ModuleType) -> None:
+        """Where Python would bind the subpackage."""
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import mmctx
 from mmctx import config as config_module
 from mmctx import eval as evaluation
 from mmctx.datasets.assemble import RunData, build_data
@@ -48,6 +48,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Runs suites on a checkpoint or run folder and writes `report.json` and `report.html` into the run folder.
 
+    The tokenizer is the checkpoint's own, whatever `data.tokenizer` names. What suites that do not run now found earlier
+    at the same step stays in the report.
+
     Args:
         checkpoint: a `checkpoint-N` folder, or a run folder for its newest one.
         suites: names from `mmctx.eval.SUITES`; the config's by default.
@@ -64,28 +67,33 @@ def evaluate(
 
     folder = resolve_checkpoint(Path(checkpoint))
     model, _, config = load_model(folder)
-    config = config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": str(folder)})})  # its own
-    if overrides:
-        tree = config.model_dump(mode="json")
-        for override in overrides:
-            config_module.apply_override(tree, override)
-        config = config_module.build_config(RunConfig, tree, where="overrides")
+    config = _overridden(config, overrides)
     if not config.eval.sources:
         raise ConfigError(
             "eval.sources is empty: name held-out shards to evaluate on, for example eval.sources.held_out.shards=..."
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    data = build_dataset(config, held_out=True)
+    readable = config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": str(folder)})})
+    data = build_dataset(readable, held_out=True)
     bf16 = config.train.precision == "bf16"
     context = evaluation.EvalContext(model.to(device), data, config.objectives, config.eval, device, bf16, progress)
     results = evaluation.evaluate(context, suites or config.eval.suites)
     run_dir = folder.parent
-    results["loss"] = summarise_losses(run_dir, results.get("loss", {}))
     state = TrainerState(**json.loads((folder / "trainer" / "trainer_state.json").read_text()))
     results |= {"step": state.step, "tokens": state.tokens, "train_seconds": round(state.train_seconds, 1)}
-    results = _of_the_same_step(run_dir / "report.json", state.step) | results
-    write_report(run_dir, results, config, data, batch=_first_batch(config))
+    results = _joined(_of_the_same_step(run_dir / "report.json", state.step), results)
+    results["loss"] = summarise_losses(run_dir, results.get("loss", {}))
+    write_report(run_dir, results, config, data, batch=_first_batch(readable))
     return results
+
+
+def _overridden(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    if not overrides:
+        return config
+    tree = config.model_dump(mode="json")
+    for override in overrides:
+        config_module.apply_override(tree, override)
+    return config_module.build_config(RunConfig, tree, where="overrides")
 
 
 def _of_the_same_step(path: Path, step: int) -> dict[str, Any]:
@@ -96,6 +104,15 @@ def _of_the_same_step(path: Path, step: int) -> dict[str, Any]:
     return earlier if earlier.get("step") == step else {}
 
 
+def _joined(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """New results over earlier ones. Of earlier losses only the held-out part counts: the rest is read from the run."""
+    losses = earlier.get("loss", {})
+    held_out = {name: {k: v for k, v in loss.items() if k in ("held_out", "n")} for name, loss in losses.items()}
+    # a suite meets only those unusable samples that it reads: the larger count knows more
+    skipped = dict(Counter(earlier.get("skipped", {})) | Counter(now["skipped"]))
+    return {**earlier, "loss": held_out, **now, "skipped": skipped}
+
+
 def _first_batch(config: RunConfig) -> PackedBatch | None:
     """A training batch to draw; None where the training shards are not at hand, as on another machine."""
     try:
@@ -104,9 +121,5 @@ def _first_batch(config: RunConfig) -> PackedBatch | None:
         return None
     return data.dataset[Plan(config.data, data.tables, config.train.seed).step(0)[0]]
 
-
-# Importing this module also imports the subpackage `mmctx.train`, and Python then binds that name to the package. What users call is
-# the function; `from mmctx.train.loop import ...` goes on working.
-mmctx.train = train  # type: ignore[assignment]
 
 __all__ = ["TrainResult", "build_dataset", "build_model", "evaluate", "load_config", "load_model", "train"]

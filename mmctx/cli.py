@@ -179,7 +179,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _answer(answer: dict[str, Any], as_json: bool, text: str) -> None:
-    print(json.dumps(answer, ensure_ascii=False) if as_json else text)
+    print(json.dumps(answer) if as_json else text)  # ASCII alone: keys of tars may be any bytes
 
 
 def _table(answer: dict[str, Any], indent: str = "") -> str:

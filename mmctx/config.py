@@ -37,7 +37,7 @@ def load_config(cls: type[M], path: str | Path, overrides: Sequence[str] = ()) -
     """
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -57,12 +57,14 @@ def build_config(cls: type[M], tree: Mapping[str, Any], where: str) -> M:
     try:
         return cls.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(cls, where, item) for item in error.errors())) from None
+        raise ConfigError("\n".join(_explain(cls, tree, where, item) for item in error.errors())) from None
 
 
 def dump_config(config: StrictModel, path: Path) -> None:
     """Writes the fully resolved config as YAML."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    path.write_text(
+        yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), encoding="utf-8"
+    )
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
@@ -95,13 +97,13 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         node = node[index]
 
 
-def _explain(cls: type[StrictModel], where: str, item: Mapping[str, Any]) -> str:
+def _explain(cls: type[StrictModel], tree: Mapping[str, Any], where: str, item: Mapping[str, Any]) -> str:
     """One readable line for one pydantic error: file, dotted key, what was found, remedy."""
-    location = item["loc"]
-    key = ".".join(_written_keys(cls, location))
+    keys, owner = _written_keys(tree, item)
+    key = ".".join(map(str, keys))
     if item["type"] == "extra_forbidden":
-        valid = _valid_keys(cls, location[:-1])
-        close = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.5)
+        valid = _valid_keys(cls, keys[:-1], owner.get("kind"))
+        close = difflib.get_close_matches(str(keys[-1]), valid, n=1, cutoff=0.5)
         remedy = f"did you mean {close[0]!r}?" if close else f"valid keys here: {', '.join(sorted(valid))}"
         return f"{where}: unknown key {key!r}; {remedy}"
     if item["type"] == "missing":
@@ -110,49 +112,50 @@ def _explain(cls: type[StrictModel], where: str, item: Mapping[str, Any]) -> str
     return f"{where}: key {key!r}: {message} (got {item.get('input')!r})"
 
 
-def _written_keys(cls: type[StrictModel], location: Sequence[Any]) -> list[str]:
-    """The keys as they stand in the file: pydantic also lists the tag of a discriminated union, behind the key of its value."""
-    written: list[str] = []
-    candidates: list[Any] = [cls]
-    for part in location:
-        models = [
-            candidate for candidate in candidates if isinstance(candidate, type) and issubclass(candidate, BaseModel)
-        ]
-        kinds = [
-            model for model in models if "kind" in model.model_fields and model.model_fields["kind"].default == part
-        ]
-        if len(models) > 1 and kinds:
-            candidates = kinds
-            continue
-        written.append(str(part))
-        fields = [model.model_fields[part].annotation for model in models if part in model.model_fields]
-        candidates = [found for annotation in fields for found in _unwrap(annotation)] or candidates
-    return written
+def _written_keys(tree: Mapping[str, Any], item: Mapping[str, Any]) -> tuple[list[Any], Any]:
+    """The keys of an error as they stand in the file, and what holds the last of them.
+
+    Pydantic's location also lists tags of unions, as in `objectives.NAME.similarity.pairs`: what the tree does not hold
+    is a tag, unless it is the very key that is missing.
+    """
+    keys: list[Any] = []
+    owner: Any = tree
+    node: Any = tree
+    for place, part in enumerate(item["loc"]):
+        held = part in node if isinstance(node, Mapping) else isinstance(node, list | tuple) and isinstance(part, int)
+        if held:
+            keys.append(part)
+            owner, node = node, node[part]
+        elif item["type"] == "missing" and place == len(item["loc"]) - 1:
+            keys.append(part)
+            owner = node
+    return keys, owner
 
 
-def _valid_keys(cls: type[StrictModel], location: Sequence[Any]) -> list[str]:
-    """Field names of every model that may stand at ``location``, walking through lists, dicts and unions."""
-    candidates: list[Any] = [cls]
-    for part in location:
-        step: list[Any] = []
-        for candidate in candidates:
-            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-                if part in candidate.model_fields:
-                    step.extend(_unwrap(candidate.model_fields[part].annotation))
-                else:  # pydantic puts the tag of a discriminated union into the location: stay where we are
-                    step.append(candidate)
-        candidates = step or candidates
-    models = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
-    return [name for model in models for name in model.model_fields]
+def _valid_keys(cls: type[StrictModel], keys: Sequence[Any], kind: Any) -> list[str]:
+    """Field names of the model that stands at `keys`; where several may, of the one of this `kind`, if there is one."""
+    found: list[Any] = [cls]
+    for key in keys:
+        found = [below for annotation in found for below in _below(annotation, key)]
+    models = [model for model in found if isinstance(model, type) and issubclass(model, BaseModel)]
+    of_kind = [m for m in models if "kind" in m.model_fields and m.model_fields["kind"].default == kind]
+    return [name for model in of_kind or models for name in model.model_fields]
 
 
-def _unwrap(annotation: Any) -> list[Any]:
-    """The classes inside ``X | None``, ``list[X]``, ``dict[str, X]`` and ``Annotated[X, ...]``."""
-    origin = typing.get_origin(annotation)
-    if origin is None:
-        return [annotation]
-    if origin is typing.Annotated:
-        return _unwrap(typing.get_args(annotation)[0])
-    if origin in (typing.Union, types.UnionType, list, tuple, dict):
-        return [found for part in typing.get_args(annotation) for found in _unwrap(part)]
-    return []
+def _below(annotation: Any, key: Any) -> list[Any]:
+    """What may stand under `key` of a model, a dict or a list."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return _alternatives(annotation.model_fields[key].annotation) if key in annotation.model_fields else []
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) is dict:
+        arguments = arguments[1:]
+    return [found for argument in arguments for found in _alternatives(argument)]
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    """The members of `X | Y` and `Annotated[X | Y, ...]`."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _alternatives(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return [found for part in typing.get_args(annotation) for found in _alternatives(part)]
+    return [annotation]

@@ -37,6 +37,10 @@ def test_overrides_reach_nested_keys_and_lists(file: Path) -> None:
     [
         ("train.step=7", ["train.step", "'steps'", "run.yaml"]),
         ("data.sources.triples.weigth=1", ["data.sources.triples.weigth", "'weight'"]),
+        ("objectives.captioning={kind: similarity, pair: []}", ["key 'objectives.captioning.pair'", "'pairs'"]),
+        ("objectives.other={kind: captioning, pair: []}", ["key 'objectives.other.pair'", "here: kind, text, weight"]),
+        ("objectives.similarity.pairs=[[1, image]]", ["key 'objectives.similarity.pairs.0.0'", "1"]),
+        ("eval.sources.heldout={shards: a.tar}", ["key 'eval.sources.heldout.objectives' is required"]),
         ("objectives.similarity.pair=[]", ["key 'objectives.similarity.pair'", "'pairs'"]),
         ("model.transformer.width=30", ["width 30", "num_heads 4"]),
         ("train.steps=many", ["train.steps", "'many'"]),
@@ -62,6 +66,14 @@ def test_missing_file_and_bad_yaml(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("a: [1")
     with pytest.raises(ConfigError, match="not valid YAML"):
         load_config(RunConfig, tmp_path / "bad.yaml")
+
+
+def test_what_is_no_text_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "latin.yaml").write_bytes("run: {name: caf\u00e9}".encode("latin-1"))
+    (tmp_path / "folder.yaml").mkdir()
+    for name in ("latin.yaml", "folder.yaml"):
+        with pytest.raises(ConfigError, match=rf"{name}: cannot be read as a text file"):
+            load_config(RunConfig, tmp_path / name)
 
 
 def test_the_dumped_config_is_the_same_config(file: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # only the command line and the API import the training side
 
 _LAST_LINES = 3
 _SKIPS_SHOWN = 3
-_KNOWN_SUITES = ("loss", "retrieval", "caption", "masked_lm")
+_KNOWN_PARTS = ("loss", "retrieval", "caption", "masked_lm", "skipped")
 _RECALL = re.compile(r"R@(\d+)")
 
 # Columns of metrics.jsonl that are drawn below the losses.
@@ -91,7 +91,8 @@ def write_report(
         captions=_caption_table(results.get("caption", {})),
         masked_lm=results.get("masked_lm"),
         loss=results.get("loss"),
-        other={name: part for name, part in results.items() if isinstance(part, dict) and name not in _KNOWN_SUITES},
+        skipped=results.get("skipped"),
+        other={name: part for name, part in results.items() if isinstance(part, dict) and name not in _KNOWN_PARTS},
         losses=_loss_curves(run_dir, results.get("loss", {})),
         process=_process_curves(run_dir),
         examples=examples,

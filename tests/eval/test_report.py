@@ -184,6 +184,16 @@ class TestWriteReport:
         ):
             assert expected in page.text
 
+    def test_unusable_held_out_samples_are_shown_if_there_are_any(self, run_dir: Path, config, data) -> None:
+        page = Page(write_report(run_dir, {"skipped": {"undecodable_image": 7}}, config, data))
+        assert "skipped" in page.sections
+        assert '<tr><th>undecodable_image</th><td class="number">7</td></tr>' in page.text
+        assert "skipped" not in Page(write_report(run_dir, {"skipped": {}}, config, data)).sections
+
+    def test_an_objective_that_was_only_held_out(self, tmp_path: Path, config, data) -> None:
+        loss = summarise_losses(tmp_path, {"new": {"held_out": 1.0, "n": 2}})
+        assert "loss" in Page(write_report(tmp_path, {"loss": loss}, config, data)).sections
+
     @pytest.mark.parametrize("suite", sorted(SUITE_SECTIONS))
     def test_suites_that_did_not_run_leave_no_section(self, run_dir: Path, results, config, data, suite: str) -> None:
         del results[suite]

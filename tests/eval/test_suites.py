@@ -12,9 +12,9 @@ from tiny import png, triple, write_shard
 
 from mmctx.config import build_config
 from mmctx.datasets.assemble import RunData, build_data
-from mmctx.eval import EvalContext, evaluate
+from mmctx.eval import SUITES, EvalContext, evaluate
 from mmctx.eval.caption import error_rates
-from mmctx.eval.retrieval import recall
+from mmctx.eval.retrieval import evaluate_retrieval, recall
 from mmctx.generate import generate
 from mmctx.model import MmctxModel
 from mmctx.pack import pack_documents
@@ -67,6 +67,36 @@ def test_all_suites_run_on_every_held_out_sample(context: EvalContext) -> None:
     assert results["retrieval"]["text_to_text1"]["n"] == 16
     assert results["caption"]["image_n"] == results["caption"]["audio_n"] == 16
     # an untrained model predicts about evenly over the vocabulary
+    assert results["loss"]["captioning"]["held_out"] == pytest.approx(np.log(len(context.data.tokenizer)), rel=0.1)
+
+
+def test_pairs_that_no_sample_has_are_left_out(context: EvalContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = torch.eye(3)
+    found = {"image": vectors, "text0": vectors, "text1": vectors}, {"image": [1, 2, 3], "text0": [4, 5, 6]}
+    found[1]["text1"] = [6, 7, 4]
+    monkeypatch.setattr("mmctx.eval.retrieval.embed_views", lambda context, objective: found)
+    results = evaluate_retrieval(context)
+    assert {direction: scores["n"] for direction, scores in results.items()} == {
+        "text_to_text1": 2,
+        "text1_to_text": 2,
+    }
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_suites_run_in_the_precision_of_the_run(
+    context: EvalContext, monkeypatch: pytest.MonkeyPatch, bf16: bool
+) -> None:
+    monkeypatch.setitem(SUITES, "probe", lambda context: {"bf16": torch.is_autocast_enabled("cpu")})
+    context = EvalContext(**{**vars(context), "bf16": bf16})
+    assert evaluate(context, ("probe",))["probe"]["bf16"] is bf16
+    assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.slow
+def test_all_suites_run_in_bf16(context: EvalContext) -> None:
+    context = EvalContext(**{**vars(context), "bf16": True})
+    results = evaluate(context, ("loss", "retrieval", "caption", "masked_lm"))
+    assert results["caption"]["image_n"] == results["retrieval"]["text_to_text1"]["n"] == 16
     assert results["loss"]["captioning"]["held_out"] == pytest.approx(np.log(len(context.data.tokenizer)), rel=0.1)
 
 
