@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -27,23 +26,17 @@ from mmctx.train.checkpoint import TrainerState, list_checkpoints, resume, save_
 from mmctx.train.config import RunConfig
 from mmctx.train.optim import build_optimizer, learning_rate
 from mmctx.train.preflight import check_run
-from mmctx.train.records import JsonLines, ProgressBar, SkipLedger, announce_indexing, trim, write_manifest
+from mmctx.train.records import (
+    Interval,
+    Metrics,
+    ProgressBar,
+    SkipLedger,
+    announce_indexing,
+    explain_left_out,
+    trim,
+    write_manifest,
+)
 from mmctx.train.stop import StopOnSignal
-
-
-@dataclass
-class Interval:
-    """Sums since the last logged step; device tensors are only read when a line is written."""
-
-    totals: dict[str, Tensor] = field(default_factory=dict)
-    counts: dict[str, int | Tensor] = field(default_factory=dict)
-    grad_norm: Tensor | None = None
-    tokens: int = 0
-    samples: int = 0
-    skipped: int = 0
-    steps: int = 0
-    data_wait: float = 0.0
-    started: float = field(default_factory=time.perf_counter)
 
 
 @dataclass(frozen=True)
@@ -100,11 +93,9 @@ def _sit_down(config: RunConfig, accelerator: Accelerator) -> Sitting:
         data = build_data(
             config.data, config.data.sources, config.model, config.objectives, config.train.seed, progress
         )
-    if list_checkpoints(run_dir):
-        config_to_build = config.model_copy(update={"model": without_pretrained(config.model)})
-    else:
-        config_to_build = config
-    model = build_model(config_to_build, len(data.tokenizer))
+    fresh = not list_checkpoints(run_dir)
+    shape = config if fresh else config.model_copy(update={"model": without_pretrained(config.model)})
+    model = build_model(shape, len(data.tokenizer))
     optimizer = build_optimizer(model, config.train.optimizer)
     state = resume(run_dir, config, model, optimizer, data.fingerprint)
     return Sitting(config, accelerator, run_dir, data, model, optimizer, state)
@@ -129,8 +120,7 @@ class Sitting:
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.plan = Plan(config.data, data.tables, config.train.seed)
         self.bar = ProgressBar(config.train.steps, self.state.step, enabled=accelerator.is_main_process)
-        self.metrics: JsonLines | None = None
-        self.tensorboard: Any = None
+        self.metrics: Metrics | None = None
         self.ledger = self._open_records(last_step=state.step if state else -1)
         if accelerator.is_main_process:
             self._introduce(resumed=state is not None)
@@ -147,9 +137,7 @@ class Sitting:
                 state.step += 1
                 self.bar.advance(state.step)
                 log, save = state.step % config.train.log_every == 0, state.step % config.train.save_every == 0
-                if (
-                    log or save or state.step == config.train.steps
-                ):  # lines and checkpoints agree on where the run stands
+                if log or save:  # lines and checkpoints agree on where the run stands
                     self._log(interval)
                     interval = Interval()
                 if save:
@@ -219,23 +207,20 @@ class Sitting:
         return summed.tolist()  # type: ignore[union-attr]
 
     def _count(self, micro_batches: list[PackedBatch], counts: Mapping[str, int | Tensor], interval: Interval) -> None:
-        interval.steps += 1
-        for name, count in counts.items():
-            interval.counts[name] = interval.counts.get(name, 0) + count
-        interval.tokens += sum(batch.num_tokens for batch in micro_batches)
-        interval.samples += sum(batch.num_samples for batch in micro_batches)
-        for batch in micro_batches:
-            interval.skipped += self.ledger.record(batch.skips, self.state.step + 1)
+        interval.add(micro_batches, counts)
+        skipped = sum(self.ledger.record(batch.skips, self.state.step + 1) for batch in micro_batches)
+        interval.skipped += skipped
+        if skipped and self.accelerator.num_processes == 1:  # several ranks know their sums only when they log
+            all_skipped = self.state.skipped + interval.skipped
+            self.ledger.check(all_skipped, self.state.samples + interval.samples + all_skipped)
 
     def _log(self, interval: Interval) -> None:
         """Writes one line: the only place where the loop waits for the device."""
         state, config = self.state, self.config
         tokens, samples, skipped = self._sum_over_ranks([interval.tokens, interval.samples, interval.skipped])
-        state.tokens, state.samples, state.skipped = (
-            state.tokens + tokens,
-            state.samples + samples,
-            state.skipped + skipped,
-        )
+        state.tokens += tokens
+        state.samples += samples
+        state.skipped += skipped
         totals = torch.stack([interval.totals[name].double() for name in interval.counts])
         totals = self.accelerator.reduce(totals, reduction="sum").tolist()  # type: ignore[union-attr]
         counts = {name: int(count) for name, count in interval.counts.items()}
@@ -258,12 +243,8 @@ class Sitting:
             "skipped": state.skipped,
         }
         if self.metrics is not None:
-            self.metrics.write([line])
+            self.metrics.write(line)
             self.bar.log(line)
-        if self.tensorboard is not None:
-            for name, value in line.items():
-                if value is not None:
-                    self.tensorboard.add_scalar(name, value, state.step)
         self.ledger.check(state.skipped, state.samples + state.skipped)
 
     def _save(self) -> None:
@@ -281,16 +262,12 @@ class Sitting:
         return self.state.step % every == 0 and self._sum_over_ranks([int(stop.wished)])[0] > 0
 
     def _open_records(self, last_step: int) -> SkipLedger:
-        """Ledger of this rank; on the main one metrics and TensorBoard too. Lines after the checkpoint are dropped."""
+        """Ledger of this rank; on the main one metrics too. Lines after the checkpoint are dropped."""
         accelerator, rank = self.accelerator, self.accelerator.process_index
         if accelerator.is_main_process:
             for path in self.run_dir.glob("skips-rank*.jsonl"):  # an earlier sitting may have had more ranks
                 trim(path, last_step)
-            self.metrics = JsonLines(self.run_dir / "metrics.jsonl", last_step)
-            if self.config.train.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.tensorboard = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=last_step + 1)
+            self.metrics = Metrics(self.run_dir, last_step, self.config.train.tensorboard)
         accelerator.wait_for_everyone()
         name = "skips.jsonl" if rank == 0 else f"skips-rank{rank}.jsonl"
         return SkipLedger(self.run_dir / name, self.config.data.skip_budget, last_step)
@@ -314,11 +291,12 @@ class Sitting:
         )
         if self.data.skips:
             self.bar.say(f"left out {len(self.data.skips)} samples {manifest['left_out_samples']}, see skips.jsonl")
+        for warning in explain_left_out(self.data):
+            self.bar.say(warning)
 
     def close(self) -> None:
         """Closes files and the bar."""
         self.bar.close()
         self.ledger.close()
-        for closable in (self.metrics, self.tensorboard):
-            if closable is not None:
-                closable.close()
+        if self.metrics is not None:
+            self.metrics.close()

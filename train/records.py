@@ -8,19 +8,44 @@ import platform
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
 from accelerate import Accelerator
+from torch import Tensor
 
+from mmctx.datasets.assemble import RunData
 from mmctx.datasets.plan import Plan
 from mmctx.errors import SkipBudgetError
 from mmctx.jsonl import read_lines
 from mmctx.model import MmctxModel, count_parameters
-from mmctx.pack import Skip
+from mmctx.pack import PackedBatch, Skip
+
+
+@dataclass
+class Interval:
+    """Sums since the last logged step; device tensors are only read when a line is written."""
+
+    totals: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, int | Tensor] = field(default_factory=dict)
+    grad_norm: Tensor | None = None
+    tokens: int = 0
+    samples: int = 0
+    skipped: int = 0
+    steps: int = 0
+    data_wait: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+    def add(self, micro_batches: Sequence[PackedBatch], counts: Mapping[str, int | Tensor]) -> None:
+        """One more step: its batches, and the predictions of each objective in it."""
+        self.steps += 1
+        for name, count in counts.items():
+            self.counts[name] = self.counts.get(name, 0) + count
+        self.tokens += sum(batch.num_tokens for batch in micro_batches)
+        self.samples += sum(batch.num_samples for batch in micro_batches)
 
 
 class JsonLines:
@@ -52,6 +77,37 @@ def trim(path: Path, last_step: int) -> None:
     fresh = path.with_name(f".{path.name}.new")
     fresh.write_text("".join(json.dumps(line) + "\n" for line in kept))
     os.replace(fresh, path)
+
+
+class Metrics:
+    """metrics.jsonl and, where asked for, TensorBoard events of the same numbers.
+
+    Args:
+        run_dir: the run's folder.
+        last_step: as in `JsonLines`; later TensorBoard events are hidden.
+        tensorboard: write events.
+    """
+
+    def __init__(self, run_dir: Path, last_step: int, tensorboard: bool) -> None:
+        self._lines, self._events = JsonLines(run_dir / "metrics.jsonl", last_step), None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=last_step + 1)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Appends one line; it must hold `step`."""
+        self._lines.write([line])
+        if self._events is not None:
+            for name, value in line.items():
+                if value is not None:
+                    self._events.add_scalar(name, value, line["step"])
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._lines.close()
+        if self._events is not None:
+            self._events.close()
 
 
 class SkipLedger:
@@ -108,6 +164,18 @@ def write_manifest(
     return manifest
 
 
+def explain_left_out(data: RunData) -> Iterator[str]:
+    """A warning for each source that loses more than `data.skip_budget` of its samples before the first step."""
+    for source, _ in data.dataset.sources:
+        reasons = Counter(skip.reason for skip in data.skips if skip.source == source.name)
+        if reasons.total() > data.config.skip_budget * source.num_samples:
+            counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+            yield (
+                f"WARNING: data.sources.{source.name}: {reasons.total()} of {source.num_samples} samples are left out ({counts}), "
+                f"more than data.skip_budget={data.config.skip_budget}; training goes on without them, skips.jsonl names each"
+            )
+
+
 def announce_indexing(enabled: bool) -> Callable[[int, int], None]:
     """A progress function for `build_data` that speaks up every few seconds: fresh indexes pass in silence."""
     spoken = time.monotonic()
@@ -160,7 +228,7 @@ class ProgressBar:
     def say(self, text: str) -> None:
         """A message above the bar."""
         if self._bar is not None:
-            self._bar.console.print(text)
+            self._bar.console.print(text, markup=False, highlight=False)  # paths may hold brackets
         elif self._enabled:
             print(text, file=sys.stderr, flush=True)
 

@@ -127,6 +127,22 @@ def test_spec_augment_masks_clips_anew_each_epoch_and_leaves_the_cache_alone(tre
             assert after[changed].numel() == 0 or torch.allclose(after[changed], before.mean())
 
 
+def test_samples_of_two_sources_stay_apart_when_a_suite_reads_one_objective(tree: dict[str, Any]) -> None:
+    """`only` may leave sources out and number the rest anew; the shared cache must not mix up whose sample is whose."""
+    shards = tree["data"]["sources"]["triples"]["shards"]
+    tree["data"] |= {"cache_mb": 64}
+    tree["data"]["sources"] = {
+        "a": {"shards": shards, "objectives": ["captioning"]},
+        "b": {"shards": shards, "objectives": ["captioning", "similarity"]},
+        "c": {"shards": shards, "objectives": ["captioning", "similarity"]},
+    }
+    data = open_data(tree)
+    data.dataset.documents(1, 0, epoch=0)  # b's sample is cached under number 1, which will be c's
+    alone = data.only("similarity").dataset
+    pairs = {name: alone.documents(number, 0, 0)[0].pair for number, name in enumerate("bc")}
+    assert pairs["b"] != pairs["c"]
+
+
 @pytest.mark.parametrize("missing", ["image", "audio"])
 def test_a_model_without_an_encoder_leaves_that_modality_out(tree: dict[str, Any], missing: str) -> None:
     tree["model"][missing] = None
