@@ -1,0 +1,38 @@
+"""The `mmctx` command: parse, build, run, report. Nothing heavy is imported before a command runs.
+
+Answers go to stdout (with `--json` as one JSON object), progress and notes to stderr. Exit codes: 0 well, 1 the answer is no, 2 an error
+that the message explains, 130 interrupted after saving.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from mmctx.cli import build, data, runs
+from mmctx.errors import MmctxError
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Multimodal long-context training.", rich_markup_mode=None
+)
+data_app = typer.Typer(no_args_is_help=True, help="Build and index shards.", rich_markup_mode=None)
+app.add_typer(data_app, name="data")
+
+for name, command in {"train": runs.train, "eval": runs.evaluate, "plan": runs.plan, "doctor": runs.doctor}.items():
+    app.command(name)(command)
+for name, command in {"build": build.data_build, "index": data.data_index}.items():
+    data_app.command(name)(command)
+
+
+def main(arguments: Sequence[str] = ()) -> None:
+    """Entry point; `arguments` come before the command line's own."""
+    try:
+        app(args=[*arguments, *sys.argv[1:]], prog_name="mmctx", standalone_mode=True)
+    except MmctxError as error:
+        print(f"mmctx: {error}", file=sys.stderr)
+        if "--json" in sys.argv:
+            print(json.dumps({"error": str(error), "kind": type(error).__name__}))
+        raise SystemExit(2) from None

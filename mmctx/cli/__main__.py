@@ -1,0 +1,5 @@
+"""`python -m mmctx.cli` is `mmctx`."""
+
+from mmctx.cli import main
+
+main()

@@ -1,0 +1,92 @@
+"""Commands about runs: train, eval, plan, doctor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mmctx.cli.common import Config, Json, Overrides, print_answer, progress_bars, table
+
+
+def train(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Train a run, from its newest checkpoint if it has one, and evaluate it on held-out data at the end."""
+    from mmctx import api
+
+    run_config = api.load_config(config, *(overrides or []))
+    result = api.train(run_config)
+    answer: dict[str, Any] = {
+        "run_dir": str(result.run_dir),
+        "step": result.step,
+        "train_seconds": round(result.train_seconds, 1),
+    }
+    if result.interrupted:
+        if result.is_main_process:
+            print_answer(
+                answer | {"interrupted": True}, as_json, f"stopped at step {result.step}; run the same command to go on"
+            )
+        raise typer.Exit(130)
+    if run_config.eval.sources and result.is_main_process:
+        answer["report"] = str(result.run_dir / "report.html")
+        with progress_bars() as show:
+            answer["results"] = api.evaluate(result.run_dir, progress=show)
+    if result.is_main_process:
+        print_answer(answer, as_json, _summary(answer))
+
+
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder, or a run folder for its newest one.")],
+    overrides: Overrides = None,
+    suite: Annotated[
+        str | None, typer.Option(help="Suites to run, separated by commas; the config's by default.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Evaluate a checkpoint on its run's held-out data; rewrites report.json and report.html beside it."""
+    from mmctx import api
+
+    with progress_bars() as show:
+        suites = suite.split(",") if suite else None
+        results = api.evaluate(checkpoint, suites=suites, overrides=overrides or [], progress=show)
+    print_answer(results, as_json, _summary({"results": results}))
+
+
+def plan(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Show what a run will read, before it runs."""
+    from mmctx import api
+    from mmctx.datasets.forecast import forecast
+
+    run_config = api.load_config(config, *(overrides or []))
+    data = api.build_dataset(run_config)
+    answer = forecast(run_config.data, data, run_config.train.steps, run_config.train.seed)
+    print_answer(answer, as_json, table(answer))
+
+
+def doctor(as_json: Json = False) -> None:
+    """Check every attention backend against a dense float64 reference and name the fastest that passes."""
+    from mmctx.attention.certify import certify, choose
+
+    certificates = certify()
+    answer = {"choice": choose(certificates), "backends": [certificate.to_json() for certificate in certificates]}
+    print_answer(answer, as_json, _doctor_table(answer))
+    if any(certificate.usable and not certificate.passed for certificate in certificates):
+        raise typer.Exit(1)
+
+
+def _summary(answer: dict[str, Any]) -> str:
+    results = dict(answer.get("results", {}))
+    if "caption" in results:
+        results["caption"] = {name: value for name, value in results["caption"].items() if name != "examples"}
+    return table({key: value for key, value in answer.items() if key != "results"} | results)
+
+
+def _doctor_table(answer: dict[str, Any]) -> str:
+    lines = []
+    for backend in answer["backends"]:
+        reason = backend["why_not"] or ""
+        verdict = (
+            "certified" if backend["passed"] else f"FAILED {reason}" if backend["usable"] else f"cannot run: {reason}"
+        )
+        lines.append(f"{backend['backend']:<14} {backend.get('dtype') or '':<10} {verdict}")
+    return "\n".join([*lines, f"fastest certified: {answer['choice']}"])
