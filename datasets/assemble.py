@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from mmctx.datasets.config import DataConfig, SourceConfig
-from mmctx.datasets.fetch import PackedDataset, Preprocessors, tabulate
+from mmctx.datasets.fetch import PackedDataset
 from mmctx.datasets.index import expand_shards, index_shards
-from mmctx.datasets.plan import SampleTable
 from mmctx.datasets.source import Source
+from mmctx.datasets.table import Preprocessors, SourceTable
 from mmctx.encoders.audio import AudioPreprocessor
 from mmctx.encoders.image import ImagePreprocessor
+from mmctx.flops import estimate_work
 from mmctx.model import ModelConfig
 from mmctx.objectives import AnyObjective, build_data_halves
 from mmctx.pack import Skip
 from mmctx.tokenizer import TextTokenizer
 
 Progress = Callable[[int, int], None]
+_CHUNK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -30,32 +34,42 @@ class RunData:
         config: sizes.
         tokenizer: with the special tokens.
         dataset: `dataset[bin]` is a packed batch.
-        tables: usable samples of each source.
-        skips: samples that the index or the sizes rule out.
+        quarantine: fingerprint of what the quarantine file lists, empty without one.
     """
 
     config: DataConfig
     tokenizer: TextTokenizer
     dataset: PackedDataset
-    tables: Mapping[str, SampleTable]
-    skips: tuple[Skip, ...]
+    quarantine: str = ""
+
+    @property
+    def tables(self) -> dict[str, SourceTable]:
+        """What a plan packs, by the name of the source."""
+        return {table.source.name: table for table in self.dataset.tables}
 
     def only(self, objective: str) -> RunData:
         """The same samples, making the documents of one objective alone; sources that do not serve it drop out."""
-        kept = [
-            (source, config.model_copy(update={"objectives": (objective,)}))
-            for source, config in self.dataset.sources
-            if objective in config.objectives
-        ]
-        return _tabulated(self.config, self.dataset.with_sources(kept))
+        tables = [table.only(objective) for table in self.dataset.tables if objective in table.config.objectives]
+        return RunData(self.config, self.tokenizer, self.dataset.with_tables(tables), self.quarantine)
+
+    def left_out(self) -> Iterator[Skip]:
+        """Every sample that the index or its sizes rule out; looks at all of them."""
+        for number, table in enumerate(self.dataset.tables):
+            for start in range(0, table.num_samples, _CHUNK):
+                reasons = table.units(np.arange(start, min(start + _CHUNK, table.num_samples))).reasons
+                for local in np.flatnonzero(reasons).tolist():
+                    yield self.dataset.left_out(number, start + local, int(reasons[local]))
 
     @property
-    def fingerprint(self) -> str:
-        """Names the content of shards and tokenizer: what a plan depends on beside the configuration, wherever the files lie."""
-        digest = hashlib.blake2b(self.tokenizer.fingerprint.encode(), digest_size=8)
+    def fingerprints(self) -> dict[str, str]:
+        """Name the content of the tokenizer ("") and of each source's shards: what a plan depends on beside the configuration, wherever the
+        files lie.
+        """
+        found = {"": self.tokenizer.fingerprint}
         for source, _ in self.dataset.sources:
-            digest.update(f"{source.name}:{[shard.content_hash for shard in source.shards]}".encode())
-        return digest.hexdigest()
+            content = str([shard.content_hash for shard in source.shards]).encode()
+            found[source.name] = hashlib.blake2b(content, digest_size=8).hexdigest()
+        return found
 
 
 def build_preprocessors(config: ModelConfig) -> Preprocessors:
@@ -67,6 +81,7 @@ def build_preprocessors(config: ModelConfig) -> Preprocessors:
         audio=audio,
         image_tokens=image.num_tokens if image else _no_tokens,
         audio_tokens=audio.num_tokens if audio else _no_tokens,
+        frames_per_token=config.audio.frames_per_token if config.audio else 1,
     )
 
 
@@ -87,23 +102,14 @@ def build_data(
 
     Raises:
         DataError: a shard is missing or damaged.
-        ConfigError: the tokenizer cannot be loaded.
+        ConfigError: the tokenizer cannot be loaded, or a source names an objective that is not defined.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers are the parallelism
     tokenizer = TextTokenizer(data.tokenizer)
-    opened = []
+    halves = build_data_halves(objectives, tokenizer)
+    preprocessors, work = build_preprocessors(model), estimate_work(model, len(tokenizer))
+    tables = []
     for name, config in sorted(sources.items()):  # by name: the order of keys in a YAML file means nothing
         shards = index_shards(expand_shards(config.shards), tokenizer, config.texts, progress=progress)
-        opened.append((Source(name, shards, config.texts), config))
-    halves = build_data_halves(objectives, tokenizer)
-    dataset = PackedDataset(opened, build_preprocessors(model), halves, tokenizer, seed, data.cache_mb)
-    return _tabulated(data, dataset)
-
-
-def _tabulated(data: DataConfig, dataset: PackedDataset) -> RunData:
-    tables: dict[str, SampleTable] = {}
-    skips: list[Skip] = []
-    for source, config in dataset.sources:
-        tables[source.name], left_out = tabulate(source, config, dataset.preprocessors, dataset.objectives, data)
-        skips += left_out
-    return RunData(data, dataset.tokenizer, dataset, tables, tuple(skips))
+        tables.append(SourceTable(Source(name, shards, config.texts), config, preprocessors, halves, work, data))
+    return RunData(data, tokenizer, PackedDataset(tables, halves, tokenizer, seed, data.cache_mb))

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from mmctx.config import StrictModel
 from mmctx.datasets.augment import SpecAugmentConfig
+from mmctx.datasets.split import LongDocuments
+
+NO_LIMIT = 1 << 60
+"""Stands for a limit that is not set."""
 
 
 class SourceConfig(StrictModel):
@@ -18,8 +24,10 @@ class SourceConfig(StrictModel):
     texts: tuple[str, ...] = ("txt",)
     """Where texts stand: a member's extension, or `json:dotted.path` inside `KEY.json`. Numbered text0, text1, ... in this order."""
     weight: float | None = Field(default=None, gt=0)
-    """Share of samples drawn from this source. Give it for all sources, or for none: then every sample comes once an epoch."""
-
+    """Share of samples (or of tokens, see `weight_by`) drawn from this source. Give it for all sources, or for none: then every
+    sample comes once an epoch."""
+    long_documents: LongDocuments = "drop"
+    """What becomes of documents longer than the context: `drop` (listed in `skips.jsonl`), `truncate` or `split`. Media are never cut."""
     spec_augment: SpecAugmentConfig | None = None
     """Mask bands and stretches of its clips, other ones in each epoch; null (as for held-out sources) leaves clips as they are."""
 
@@ -40,17 +48,28 @@ class DataConfig(StrictModel):
     sources: dict[str, SourceConfig]
     """Named sources."""
     context_length: int = Field(default=2048, ge=1)
-    """Longest document in tokens; longer ones are left out and listed in `skips.jsonl`."""
+    """Longest document in tokens; `long_documents` of its source says what becomes of longer ones."""
     bin_tokens: int = Field(default=8192, ge=1)
-    """Tokens of one packed batch, what one rank takes in one micro-batch; single ones may hold up to about a tenth more."""
+    """Tokens that one packed batch holds at most: what one rank takes in one micro-batch."""
+    bin_images: int | None = Field(default=None, ge=1)
+    """Pictures that one packed batch holds at most; null for no limit."""
+    bin_audio_frames: int | None = Field(default=None, ge=1)
+    """Log-mel frames that one packed batch holds at most; null for no limit."""
+    bin_pairs: int | None = Field(default=None, ge=1)
+    """Samples with views to compare that one packed batch holds at most; null for no limit."""
     bins_per_step: int = Field(default=1, ge=1)
-    """Packed batches of one global step, shared out among the ranks; must be a multiple of their number."""
-    window_steps: int = Field(default=16, ge=1)
-    """Steps that are packed together: larger windows fill bins better and more evenly."""
+    """Packed batches of one global step, shared out among the ranks; must be a multiple of their number. Where a window draws more than its
+    bins hold, single steps take twice as many."""
+    window_steps: int | None = Field(default=None, ge=1)
+    """Steps that are packed together: larger windows fill bins better and more evenly. null: as few as fill bins to 98.5%."""
+    weight_by: Literal["samples", "tokens"] = "samples"
+    """What the weights of sources are shares of."""
     block_size: int = Field(default=16, ge=1)
     """Neighbouring samples of a shard that are read together."""
     blocks_in_flight: int = Field(default=64, ge=1)
     """Blocks among which samples are shuffled."""
+    quarantine: str | None = None
+    """File of samples that must not be used, as `mmctx data check --write` makes it."""
     num_workers: int = Field(default=0, ge=0)
     """Loader processes a rank."""
     prefetch: int = Field(default=2, ge=1)
@@ -59,6 +78,12 @@ class DataConfig(StrictModel):
     """MiB of decoded samples that each loading process keeps, for sets that are read many times and fit. They are not decoded again."""
     skip_budget: float = Field(default=0.01, ge=0, le=1)
     """Largest share of samples that may be skipped while training before the run stops."""
+
+    @property
+    def limits(self) -> tuple[int, int, int, int]:
+        """Largest tokens, pictures, audio frames and pairs of a bin, in the order of `table.LIMITED`."""
+        optional = (self.bin_images, self.bin_audio_frames, self.bin_pairs)
+        return (self.bin_tokens, *(NO_LIMIT if limit is None else limit for limit in optional))  # type: ignore[return-value]
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:

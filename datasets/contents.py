@@ -32,6 +32,8 @@ REASONS = (
     "empty",  # blank text, a clip of no samples, or nothing to train on at all
     "duplicate_member",  # two members with one extension, or two pictures where one is expected
     "duplicate_key",  # members of one sample do not stand next to each other
+    "over_long",  # documents longer than the context, or media that do not fit into a bin; known only to a plan
+    "quarantined",  # listed in the run's quarantine file
 )
 """Why a sample cannot be used. The position in this list is the code in an index: append only."""
 

@@ -1,36 +1,79 @@
-"""What a run will read, before it runs: what `mmctx plan` prints."""
+"""What a run will read and compute, before it runs: what `mmctx plan` prints."""
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import numpy as np
 
-from mmctx.datasets.assemble import RunData
-from mmctx.datasets.config import DataConfig
-from mmctx.datasets.plan import Plan
+from mmctx.datasets.plan import Bin, Plan, share_out
 
-TRIAL_STEPS = 64
+TRIAL_STEPS = 256
+RANKS = (2, 4, 8)
 
 
-def forecast(config: DataConfig, data: RunData, steps: int, seed: int) -> dict[str, Any]:
-    """Samples, tokens, epochs and fill of a run of `steps` steps; fill and evenness are measured on its first steps."""
-    plan = Plan(config, data.tables, seed)
-    trial = [plan.step(step) for step in range(min(steps, TRIAL_STEPS))]
-    bins = [bin for step in trial for bin in step]
-    tokens, costs = np.array([b.tokens for b in bins]), np.array([b.cost for b in bins])
-    drawn = Counter(plan.names[source] for b in bins for source, _, _ in b.samples)
-    samples = plan.samples_per_step * steps
+def forecast(plan: Plan, steps: int) -> dict[str, Any]:
+    """Steps, tokens, samples, repeats, fill and evenness of `steps` steps of a plan, from its own bins of the first steps.
+
+    Samples drawn and how often they repeat are exact up to one window; tokens, fill and FLOPs are measured on the first windows and
+    scaled up.
+    """
+    config = plan.config
+    trial = min(steps, max(TRIAL_STEPS, plan.window_steps))
+    bins = [plan.step(plan.start.step + number) for number in range(trial)]
+    flat = [bin for step in bins for bin in step]
+    tokens, costs = np.array([bin.tokens for bin in flat]), np.array([bin.cost for bin in flat])
     return {
         "steps": steps,
-        "samples": {name: int(count / len(trial) * steps) for name, count in sorted(drawn.items())},
-        "tokens": int(tokens.sum() / len(trial) * steps),
-        "epochs": samples / plan.num_samples,
-        "usable_samples": {name: len(table.ids) for name, table in data.tables.items()},
-        "left_out": dict(Counter(skip.reason for skip in data.skips)),
+        "tokens": round(int(tokens.sum()) * steps / trial),
+        "flops": float(costs.sum(dtype=float) * steps / trial),
+        "sources": {name: _source(plan, number, steps) for number, name in enumerate(plan.names)},
+        "window": {"steps": plan.window_steps, "samples": plan.samples_per_window},
         "samples_per_step": plan.samples_per_step,
-        "tokens_per_bin": {"mean": float(tokens.mean()), "max": int(tokens.max()), "bin_tokens": config.bin_tokens},
+        "bins_per_step": {"usual": config.bins_per_step, "mean": len(flat) / trial},
+        "tokens_per_bin": {"mean": float(tokens.mean()), "max": int(tokens.max()), "limit": config.bin_tokens},
         "fill": float(tokens.mean() / config.bin_tokens),
-        "cost_imbalance": float(costs.max() / costs.mean()),
+        "imbalance": {
+            f"{ranks} ranks": _imbalance(bins, ranks) for ranks in RANKS if config.bins_per_step % ranks == 0
+        },
     }
+
+
+def largest_bin(plan: Plan, steps: int) -> tuple[int, int]:
+    """(step, number) of the bin with the most tokens among those of the first steps: where memory peaks."""
+    trial = range(min(steps, max(TRIAL_STEPS, plan.window_steps)))
+    sizes = {(s, n): bin.tokens for s in trial for n, bin in enumerate(plan.step(plan.start.step + s))}
+    step, number = max(sizes, key=sizes.__getitem__)
+    return plan.start.step + step, number
+
+
+def _source(plan: Plan, number: int, steps: int) -> dict[str, Any]:
+    """How often a source is read: unique samples, repeats, and what is left out."""
+    name, survey = plan.names[number], plan.surveys[number]
+    size = survey.num_samples
+    if plan.is_weighted:
+        drawn = plan.draws(steps)[name]
+    else:
+        drawn = plan.draws(steps)[""] * size // plan.num_samples
+    usable = 1 - sum(survey.reasons.values()) / survey.num_seen
+    return {
+        "samples": size,
+        "drawn": drawn,
+        "epochs": drawn / size,
+        "unique": min(drawn, size),
+        "repeats": max(drawn - size, 0),
+        "usable": usable,
+        "left_out": dict(survey.reasons)
+        if survey.is_complete
+        else {k: f"{v} of {survey.num_seen}" for k, v in survey.reasons.items()},
+        "tokens": round(float(survey.mean("tokens")) * drawn),
+    }
+
+
+def _imbalance(steps: list[list[Bin]], ranks: int) -> float:
+    """The worst step's dearest rank over its mean rank: how much longer that step takes than it should."""
+    ratios = []
+    for bins in steps:
+        costs = np.array([sum(bin.cost for _, bin in share_out(bins, rank, ranks)) for rank in range(ranks)], float)
+        ratios.append(costs.max() / costs.mean() if costs.any() else 1.0)
+    return float(max(ratios))

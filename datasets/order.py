@@ -120,3 +120,8 @@ class Mixture:
         cycle, place = positions // self.CYCLE, positions % self.CYCLE
         source = self._source[place]
         return source, cycle * self.counts[source] + self._number[place]
+
+    def count(self, positions: int) -> np.ndarray:
+        """How many of the first `positions` draws each source gets, (sources,) int64."""
+        whole, rest = divmod(positions, self.CYCLE)
+        return whole * self.counts + np.bincount(self._source[:rest], minlength=len(self.counts))

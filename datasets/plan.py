@@ -1,14 +1,15 @@
 """Which samples each global step reads: a pure function of (config, index, seed, step), integers only.
 
 Positions of an endless stream are drawn from the sources in closed form (`order`), windows of many steps are packed independently
-(`packing`), and the bins of a window are dealt to its steps so that their costs are even. Nothing depends on the number of ranks or
+(`packing`, `window`), and each step takes bins of like cost. Nothing depends on the number of ranks or
 workers, and any step is found without walking through the steps before it: a run's data state is its step number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
 
@@ -16,30 +17,11 @@ import numpy as np
 
 from mmctx.datasets.config import DataConfig
 from mmctx.datasets.order import BlockOrder, Mixture, derive_key
-from mmctx.datasets.packing import best_fit, deal, even_fit
+from mmctx.datasets.packing import alike, best_fit, deal, even_fit
+from mmctx.datasets.survey import survey
+from mmctx.datasets.table import Table, Units
+from mmctx.datasets.window import fit_window
 from mmctx.errors import DataError
-
-FILL = 0.985
-"""Share of `bin_tokens` that bins are filled to on average."""
-
-SLACK = 1.1
-"""A window that draws more tokens than usual fills its bins beyond `bin_tokens`, hardly ever by more than this factor. Without padding
-that costs nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class SampleTable:
-    """The usable samples of one source, with their sizes.
-
-    Attributes:
-        ids: (n,) sample numbers within the source.
-        tokens: (n,) tokens of all documents that a sample makes.
-        costs: (n,) estimated work, in token units: tokens plus attention's sum of squared document lengths, scaled.
-    """
-
-    ids: np.ndarray
-    tokens: np.ndarray
-    costs: np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +29,31 @@ class Bin:
     """One packed batch to be: which samples, of which sources, in which epoch.
 
     Attributes:
-        samples: (source number, sample id, epoch) of each.
+        samples: (source number, sample id, epoch, part) of each; part 0 of a whole sample.
         tokens: their tokens, by the index.
-        cost: their estimated work.
+        cost: their estimated FLOPs.
+        left_out: (source number, sample id, code of a reason) of samples that were drawn beside them and cannot be used.
     """
 
-    samples: tuple[tuple[int, int, int], ...]
+    samples: tuple[tuple[int, int, int, int], ...]
     tokens: int
-    cost: float
+    cost: int
+    left_out: tuple[tuple[int, int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a plan takes over: at step 0 with fresh sources, or where an earlier segment of the run stopped.
+
+    Attributes:
+        step: first step of the plan.
+        drawn: how many samples were drawn before, of each source, or of all together ("") where sources have no weights.
+        carried: (source name, sample id, epoch) of samples that were drawn but not read: they come first.
+    """
+
+    step: int = 0
+    drawn: Mapping[str, int] = field(default_factory=dict)
+    carried: tuple[tuple[str, int, int], ...] = ()
 
 
 class Plan:
@@ -62,133 +61,175 @@ class Plan:
 
     Args:
         config: sizes and weights.
-        tables: the usable samples of each source, ordered by name.
+        tables: the samples of each source, ordered by name.
         seed: the run's seed.
+        start: where an earlier segment stopped.
 
     Raises:
-        DataError: a source has no usable sample.
+        DataError: a source has no usable sample, among those that `survey` looks at.
     """
 
-    def __init__(self, config: DataConfig, tables: Mapping[str, SampleTable], seed: int) -> None:
-        self.config, self.seed = config, seed
+    def __init__(self, config: DataConfig, tables: Mapping[str, Table], seed: int, start: Start | None = None) -> None:
+        self.config, self.seed, self.start = config, seed, start or Start()
         self.names = tuple(tables)
         self.tables = tuple(tables.values())
-        for name, table in tables.items():
-            if not len(table.ids):
+        self.surveys = tuple(survey(table) for table in self.tables)
+        for name, found in zip(self.names, self.surveys, strict=True):
+            if not len(found.units):
                 raise DataError(
-                    f"data.sources.{name}: no usable sample in {config.sources[name].shards}; run `mmctx data index` to see why"
+                    f"data.sources.{name}: no usable sample in {config.sources[name].shards} ({_counts(found.reasons)}); "
+                    "run `mmctx data check` to see why"
                 )
-        sizes = [len(table.ids) for table in self.tables]
-        weights = [config.sources[name].weight for name in self.names]
-        if weights[0] is None:  # one order over all sources laid end to end: every sample once an epoch
-            self._starts, self._mixture, sizes = np.cumsum([0, *sizes[:-1]]), Mixture([1.0]), [sum(sizes)]
-        else:
-            self._starts, self._mixture = None, Mixture([float(weight or 0) for weight in weights])
+        self.is_weighted = config.sources[self.names[0]].weight is not None
+        sizes = [table.num_samples for table in self.tables]
+        if self.is_weighted:
+            self._starts, self._mixture = None, Mixture(self._weights())
+            shares = [Fraction(int(count), Mixture.CYCLE) for count in self._mixture.counts]
+        else:  # one order over all sources laid end to end: every sample once an epoch
+            self._starts, self._mixture = np.cumsum([0, *sizes[:-1]]), Mixture([1.0])
+            shares = [Fraction(size, sum(sizes)) for size in sizes]
+            sizes = [sum(sizes)]
         self._orders = [
             BlockOrder(size, config.block_size, config.blocks_in_flight, derive_key(seed, "order", number))
             for number, size in enumerate(sizes)
         ]
-        self.bins_per_window = config.window_steps * config.bins_per_step
-        self.samples_per_window = self._fit_window()
+        self._drawn = [self.start.drawn.get(name, 0) for name in (self.names if self.is_weighted else ("",))]
+        window = fit_window(self.surveys, shares, config.limits, config.bins_per_step, config.window_steps)
+        self.window_steps, self.samples_per_window = window.steps, window.samples
         self._window = lru_cache(maxsize=2)(self._pack_window)
 
     @property
     def num_samples(self) -> int:
-        """Usable samples of all sources."""
-        return sum(len(table.ids) for table in self.tables)
+        """Samples of all sources, those that cannot be used included."""
+        return sum(table.num_samples for table in self.tables)
 
     @property
     def samples_per_step(self) -> float:
-        """Samples of a step, on average: a window's, divided by its steps."""
-        return self.samples_per_window / self.config.window_steps
+        """Samples that a step draws, on average: a window's, divided by its steps."""
+        return self.samples_per_window / self.window_steps
 
     def step(self, step: int) -> list[Bin]:
-        """The `bins_per_step` bins of one global step; rank r of w takes every w-th from the r-th on."""
-        window, place = divmod(step, self.config.window_steps)
+        """The bins of one global step: `bins_per_step` of them, or a multiple where a window draws more than usual."""
+        window, place = divmod(step - self.start.step, self.window_steps)
+        if window < 0:
+            raise IndexError(f"step {step} comes before step {self.start.step}, where this segment of the plan begins")
         return self._window(window)[place]
 
     def draw(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Stream positions -> (source numbers, rows of its table, epochs)."""
+        """Stream positions of this segment (n,) -> (source numbers, sample ids, epochs)."""
         group, ordinal = self._mixture.draw(positions)
-        row, epoch = np.empty_like(ordinal), np.empty_like(ordinal)
+        ids, epoch = np.empty_like(ordinal), np.empty_like(ordinal)
         for number, order in enumerate(self._orders):
             inside = np.flatnonzero(group == number)
-            epoch[inside], place = np.divmod(ordinal[inside], order.size)
-            row[inside] = order.ordinal(place, epoch[inside])
+            epoch[inside], place = np.divmod(ordinal[inside] + self._drawn[number], order.size)
+            ids[inside] = order.ordinal(place, epoch[inside])
         if self._starts is not None:
-            group = np.searchsorted(self._starts, row, side="right") - 1
-            row = row - self._starts[group]
-        return group, row, epoch
+            group = np.searchsorted(self._starts, ids, side="right") - 1
+            ids = ids - self._starts[group]
+        return group, ids, epoch
 
-    def _fit_window(self) -> int:
-        """Samples a window takes, always the same number, so that step -> samples stays in closed form.
-
-        As many as fill the bins on average, fewer if drawing three standard deviations more tokens would go beyond the slack, or if trial
-        windows show that the lengths do not pack that tightly.
+    def draws(self, steps: int) -> dict[str, int]:
+        """How many samples of each order (see `Start.drawn`) are drawn up to the end of the window that holds the last of `steps` steps,
+        earlier segments included.
         """
-        budget = self.bins_per_window * self.config.bin_tokens
-        shares = self._mixture.counts if self._starts is None else np.array([len(table.ids) for table in self.tables])
-        shares = shares / shares.sum()
-        mean = float(sum(s * t.tokens.mean() for s, t in zip(shares, self.tables, strict=True)))
-        square = float(sum(s * (t.tokens.astype(float) ** 2).mean() for s, t in zip(shares, self.tables, strict=True)))
-        spread = 3 * max(square - mean**2, 0.0) ** 0.5
-        # the largest count with mean * count + spread * sqrt(count) <= SLACK * budget
-        root = ((spread**2 + 4 * mean * SLACK * budget) ** 0.5 - spread) / (2 * mean)
-        least = self.bins_per_window  # one sample a bin always fits
-        count = max(int(min(root**2, FILL * budget / mean)), least)
-        while count > least and any(self._trial(window, count) > SLACK * self.config.bin_tokens for window in range(3)):
-            count = max(least, min(count - 1, int(count * 0.98)))
-        return count
+        positions = max(-(-steps // self.window_steps) * self.samples_per_window - len(self.start.carried), 0)
+        counts = self._mixture.count(positions)
+        names = self.names if self.is_weighted else ("",)
+        return {name: before + int(count) for name, before, count in zip(names, self._drawn, counts, strict=True)}
 
-    def _trial(self, window: int, count: int) -> int:
-        """Tokens that the bins of a window of `count` samples must hold."""
-        group, row, _ = self.draw(np.arange(window * count, (window + 1) * count))
-        return even_fit(self._gather("tokens", group, row), self.bins_per_window, self.config.bin_tokens)[1]
+    def _weights(self) -> list[float]:
+        """Shares of samples, up to a factor."""
+        weights = [float(self.config.sources[name].weight or 0) for name in self.names]
+        if self.config.weight_by == "samples":
+            return weights
+        return [weight / float(found.mean("tokens")) for weight, found in zip(weights, self.surveys, strict=True)]
 
-    def _gather(self, column: str, group: np.ndarray, row: np.ndarray) -> np.ndarray:
-        out = np.empty(len(row), dtype=getattr(self.tables[0], column).dtype)
-        for number, table in enumerate(self.tables):
-            inside = group == number
-            out[inside] = getattr(table, column)[row[inside]]
-        return out
+    def _drawn_by(self, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What a window draws; samples carried over from an earlier segment stand first in the stream."""
+        first = window * self.samples_per_window
+        positions = np.arange(first, first + self.samples_per_window)
+        carried = self.start.carried[first : first + self.samples_per_window]
+        fresh = self.draw(positions[len(carried) :] - len(self.start.carried))
+        known = [(self.names.index(name), sample, epoch) for name, sample, epoch in carried if name in self.names]
+        earlier = np.array(known, np.int64).reshape(-1, 3).T
+        return tuple(np.concatenate(pair) for pair in zip(earlier, fresh, strict=True))  # type: ignore[return-value]
 
     def _pack_window(self, window: int) -> list[list[Bin]]:
-        count = self.samples_per_window
-        group, row, epoch = self.draw(np.arange(window * count, (window + 1) * count))
-        tokens, costs, ids = (self._gather(column, group, row) for column in ("tokens", "costs", "ids"))
-        places, _ = even_fit(tokens, self.bins_per_window, self.config.bin_tokens)
-        bins = _make_bins(places, self.bins_per_window, group, ids, epoch, tokens, costs)
-        hands = deal(np.array([b.cost for b in bins]), self.config.window_steps)
-        shuffled = np.random.default_rng(derive_key(self.seed, "steps", window)).permutation(len(hands))
-        return [[bins[number] for number in hands[place]] for place in shuffled]
+        group, ids, epoch = self._drawn_by(window)
+        found = measure_all(self.tables, group, ids)
+        per_step = self.config.bins_per_step
+        places, num_bins = even_fit(
+            found.costs, found.sizes, self.config.limits, self.window_steps * per_step, step=per_step
+        )
+        bins = _make_bins(places, num_bins, group, ids, epoch, found)
+        groups = alike(np.array([bin.cost for bin in bins]), per_step)
+        shuffled = np.random.default_rng(derive_key(self.seed, "steps", window)).permutation(len(groups))
+        steps: list[list[Bin]] = [[] for _ in range(self.window_steps)]
+        for place, number in enumerate(shuffled.tolist()):
+            steps[place % self.window_steps] += [bins[bin] for bin in groups[number]]
+        return steps
 
 
-def plan_once(tables: Sequence[SampleTable], capacity: int) -> list[Bin]:
-    """Every sample once, in bins of up to `capacity` tokens: how evaluation reads a set."""
-    group = np.concatenate([np.full(len(table.ids), number) for number, table in enumerate(tables)])
-    tokens = np.concatenate([table.tokens for table in tables])
-    places = best_fit(tokens, capacity)
-    assert places is not None
-    ids, costs = (np.concatenate([getattr(table, column) for table in tables]) for column in ("ids", "costs"))
-    return _make_bins(
-        places, int(places.max()) + 1 if len(places) else 0, group, ids, np.zeros_like(ids), tokens, costs
-    )
+def share_out(bins: Sequence[Bin], rank: int, world_size: int) -> list[tuple[int, Bin]]:
+    """(number within the step, bin) of those that one rank takes: as many for each, and costs as even as may be."""
+    hands = deal(np.array([bin.cost for bin in bins]), world_size)
+    return [(int(number), bins[number]) for number in np.sort(hands[rank])]
+
+
+def measure_all(tables: Sequence[Table], group: np.ndarray, ids: np.ndarray) -> Units:
+    """Units of samples of several sources, `owner` counting through all of them."""
+    parts = []
+    for number, table in enumerate(tables):
+        rows = np.flatnonzero(group == number)
+        if len(rows):
+            parts.append((rows, table.units(ids[rows])))
+    reasons = np.zeros(len(ids), np.uint8)
+    for rows, units in parts:
+        reasons[rows] = units.reasons
+    owner = np.concatenate([rows[units.owner] for rows, units in parts])
+    order = np.argsort(owner, kind="stable")  # as they were drawn, whatever the order of sources
+    joined = [
+        np.concatenate([getattr(units, name) for _, units in parts])[order] for name in ("part", "sizes", "costs")
+    ]
+    return Units(reasons, owner[order], *joined)
+
+
+def _counts(reasons: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "none at all"
+
+
+def plan_once(tables: Sequence[Table], capacity: int) -> list[Bin]:
+    """Every usable sample once, in bins of up to `capacity` tokens: how evaluation reads a set."""
+    group = np.concatenate([np.full(table.num_samples, number) for number, table in enumerate(tables)])
+    ids = np.concatenate([np.arange(table.num_samples) for table in tables])
+    found = measure_all(tables, group, ids)
+    places = best_fit(found.sizes[:, 0], capacity)
+    num_bins = int(places.max()) + 1 if len(places) else 0
+    bins = _make_bins(places, num_bins, group, ids, np.zeros_like(ids), found)
+    return [replace(bin, left_out=()) for bin in bins]
 
 
 def _make_bins(
-    places: np.ndarray,
-    num_bins: int,
-    group: np.ndarray,
-    ids: np.ndarray,
-    epoch: np.ndarray,
-    tokens: np.ndarray,
-    costs: np.ndarray,
+    places: np.ndarray, num_bins: int, group: np.ndarray, ids: np.ndarray, epoch: np.ndarray, found: Units
 ) -> list[Bin]:
+    """Bins of units, and among them, in turn, the samples that cannot be used: each is written down where it was drawn."""
+    unusable = np.flatnonzero(found.reasons)
+    left_out = list(
+        zip(group[unusable].tolist(), ids[unusable].tolist(), found.reasons[unusable].tolist(), strict=True)
+    )
     order = np.argsort(places, kind="stable")
     bounds = np.searchsorted(places[order], np.arange(num_bins + 1))
-    bins = []
-    for start, end in pairwise(bounds.tolist()):
-        rows = order[start:end]
-        samples = tuple(zip(group[rows].tolist(), ids[rows].tolist(), epoch[rows].tolist(), strict=True))
-        bins.append(Bin(samples, int(tokens[rows].sum()), float(costs[rows].sum())))
-    return bins
+    owner = found.owner[order]
+    columns = (group[owner], ids[owner], epoch[owner], found.part[order])
+    samples = list(zip(*(column.tolist() for column in columns), strict=True))
+    tokens = np.concatenate([[0], np.cumsum(found.sizes[order, 0])])
+    costs = np.concatenate([[0], np.cumsum(found.costs[order])])
+    return [
+        Bin(
+            samples=tuple(samples[start:end]),
+            tokens=int(tokens[end] - tokens[start]),
+            cost=int(costs[end] - costs[start]),
+            left_out=tuple(left_out[number::num_bins]),
+        )
+        for number, (start, end) in enumerate(pairwise(bounds.tolist()))
+    ]

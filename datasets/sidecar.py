@@ -5,6 +5,7 @@
     media.npy      (pictures and clips of all samples,) `MEDIA_DTYPE`
     keys.npy       (n,) fixed-width bytes
     tokens-<tokenizer>-<texts>.npy    (n, number of texts) int32, see `ShardIndex.tokens`; problems in a .json beside
+    segments-<tokenizer>-<texts>.npy    (segments of all interleaved documents,) `SEGMENT_DTYPE`
 
 Arrays are memory-mapped, so that a billion samples need no loading. Samples are measured in `measure.py`, tokens
 counted in `tokens.py`.
@@ -14,7 +15,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
+import math
+import mmap
 import shutil
 import uuid
 from collections.abc import Sequence
@@ -77,6 +81,12 @@ class ShardIndex:
         """
         return None if self.token_file is None else self._array(self.token_file)
 
+    @property
+    def segments(self) -> np.ndarray:
+        """`tokens.SEGMENT_DTYPE` of all interleaved documents' segments, memory-mapped; needs a tokenizer as `tokens` does."""
+        assert self.token_file is not None
+        return self._array(_segment_file(self.token_file))
+
     def problems(self) -> list[Problem]:
         """Every sample that cannot be used, first those with unusable members, then those with unusable texts."""
         folder = index_folder(self.path)
@@ -93,11 +103,27 @@ class ShardIndex:
 def _map_array(path: str, content_hash: str) -> np.ndarray:
     """`content_hash` is there to tell the arrays of a rebuilt index from the old ones."""
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)  # memmap's own indexing is slow
+        with open(path, "rb", buffering=0) as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        start = 10 + int.from_bytes(data[8:10], "little")
+        dtype, shape = _parse_header(data[:start])
+        return np.frombuffer(data, dtype, math.prod(shape), start).reshape(shape)
     except (OSError, ValueError) as error:
         raise DataError(
             f"{path}: the index cannot be read ({error}); rebuild it with `mmctx data index --force`"
         ) from None
+
+
+@lru_cache(maxsize=1024)
+def _parse_header(header: bytes) -> tuple[np.dtype, tuple[int, ...]]:
+    """Type and shape of a .npy file of version 1. numpy takes ten times as long to open a file, most of it to parse this anew each time."""
+    stream = io.BytesIO(header)
+    if (version := np.lib.format.read_magic(stream)) != (1, 0):
+        raise ValueError(f"expected version (1, 0) of the npy format, found {version}")
+    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+    if fortran_order:
+        raise ValueError("expected rows one after the other, found columns")
+    return dtype, shape
 
 
 def index_folder(path: str | Path) -> Path:
@@ -180,6 +206,10 @@ def token_file_name(fingerprint: str, texts: Sequence[str]) -> str:
     return f"tokens-{fingerprint}-{declared}.npy"
 
 
+def _segment_file(token_file: str) -> str:
+    return f"segments{token_file.removeprefix('tokens')}"
+
+
 def _build(path: Path, stale: int | None) -> None:
     """Measures the shard into a new folder, then puts it in place of the one with inode `stale`."""
     size, mtime_ns = _stat(path)  # before reading: a shard that changes meanwhile must look stale
@@ -232,19 +262,20 @@ def _inode(folder: Path) -> int | None:
 
 def _ensure_tokens(path: Path, counter: TokenCounter, texts: tuple[str, ...], token_file: str) -> None:
     folder = index_folder(path)
-    if (folder / token_file).is_file():
+    if (folder / token_file).is_file() and (folder / _segment_file(token_file)).is_file():
         return
     samples = np.load(folder / "samples.npy", allow_pickle=False)
-    tokens, problems = count_tokens(path, samples, counter, texts)
+    counts = count_tokens(path, samples, counter, texts)
     about = {
         "fingerprint": counter.fingerprint,
         "texts": texts,
-        "problems": [problem._asdict() for problem in problems],
+        "problems": [problem._asdict() for problem in counts.problems],
     }
     _write_json((folder / token_file).with_suffix(".json"), about)
-    part = folder / f".{uuid.uuid4().hex}.npy"
-    np.save(part, tokens)
-    part.replace(folder / token_file)  # last: where the array is, the rest is too
+    for name, array in ((_segment_file(token_file), counts.segments), (token_file, counts.tokens)):
+        part = folder / f".{uuid.uuid4().hex}.npy"
+        np.save(part, array)
+        part.replace(folder / name)  # the token counts come last: where they are, the rest is too
 
 
 def _stat(path: Path) -> tuple[int, int]:

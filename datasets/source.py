@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import os
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from mmctx.datasets.contents import REASONS
-from mmctx.datasets.measure import MEDIA_KINDS
+from mmctx.datasets.measure import MEDIA_DTYPE, MEDIA_KINDS
 from mmctx.datasets.sidecar import ShardIndex
 from mmctx.datasets.tar import parse_members
+from mmctx.datasets.tokens import MEDIA
 from mmctx.errors import DataError
 from mmctx.sample import SampleSizes
 
@@ -51,12 +52,19 @@ class Source:
         name: of the source in the config.
         shards: their indexes, all made with the same tokenizer and texts.
         texts: the texts that the source declares.
+        quarantined: content hash of a shard -> numbers of its samples that must not be used.
 
     Raises:
         DataError: the shards hold no samples.
     """
 
-    def __init__(self, name: str, shards: Sequence[ShardIndex], texts: Sequence[str]) -> None:
+    def __init__(
+        self,
+        name: str,
+        shards: Sequence[ShardIndex],
+        texts: Sequence[str],
+        quarantined: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
         self.name = name
         self.shards = list(shards)
         self.texts = tuple(texts)
@@ -66,6 +74,7 @@ class Source:
             raise DataError(
                 f"source {name!r}: its {len(self.shards)} shards hold no samples; check data.sources.{name}.shards"
             )
+        self._quarantined = dict(quarantined or {})
         self._files: OrderedDict[str, FileIO] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -87,44 +96,84 @@ class Source:
         Raises:
             DataError: the shards were indexed without a tokenizer.
         """
-        ids = np.asarray(ids)
-        text = np.full((len(ids), max(1, len(self.texts))), -1, np.int64)
-        interleaved = np.zeros(len(ids), bool)
-        owners, media = [np.zeros(0, np.int64)], []
-        for shard, where, local in self._by_shard(ids):
-            text[where] = np.maximum(self._tokens(shard)[local], -1)
-            samples = shard.samples[local]
-            interleaved[where] = samples["interleaved"] != 0
-            owners.append(np.repeat(where, samples["num_media"]))
-            media.append(shard.media[_rows(samples["media_start"], samples["num_media"])])
-        owner = np.concatenate(owners)
-        totals = []
-        for kind, count in zip(MEDIA_KINDS, (image_tokens, audio_tokens), strict=True):
-            total = np.zeros(len(ids), np.int64)
-            if len(owner):
-                rows = np.concatenate(media)
-                mine = rows["kind"] == MEDIA_KINDS.index(kind)
-                a, b = rows["a"][mine].astype(np.int64), rows["b"][mine].astype(np.int64)
-                np.add.at(total, owner[mine], count(a, b))
-            totals.append(total)
-        return SampleSizes(text_tokens=text, image_tokens=totals[0], audio_tokens=totals[1], interleaved=interleaved)
+        return self.sizes_and_flags(ids, image_tokens, audio_tokens)[0]
 
     def flags(self, ids: np.ndarray) -> np.ndarray:
         """(n,) uint8 codes of `contents.REASONS`, 0 for samples that can be used."""
-        ids = np.asarray(ids)
         flags = np.zeros(len(ids), np.uint8)
-        for shard, where, local in self._by_shard(ids):
-            found = shard.samples["flag"][local]
-            if shard.tokens is not None:  # texts depend on the source, so their problems are kept with the token counts
-                of_texts = np.maximum(-1 - shard.tokens[local, 0], 0).astype(np.uint8)
-                found = np.where(found, found, of_texts)
-            flags[where] = found
+        for shard, where, local in self._by_shard(np.asarray(ids)):
+            column = None if shard.tokens is None else shard.tokens[local, 0]
+            flags[where] = self._flags(shard, local, shard.samples["flag"][local], column)
         return flags
 
-    @staticmethod
-    def flag_reason(code: int) -> str:
-        """The word of `contents.REASONS` for a code that `flags` gave."""
-        return REASONS[code]
+    def sizes_and_flags(
+        self, ids: np.ndarray, image_tokens: MediaTokens, audio_tokens: MediaTokens
+    ) -> tuple[SampleSizes, np.ndarray]:
+        """What `sizes` and `flags` give, each shard's index opened once."""
+        ids = np.asarray(ids)
+        text = np.full((len(ids), max(1, len(self.texts))), -1, np.int64)
+        interleaved, flags = np.zeros(len(ids), bool), np.zeros(len(ids), np.uint8)
+        owners, media = [np.zeros(0, np.int64)], [np.zeros(0, MEDIA_DTYPE)]
+        for shard, where, local in self._by_shard(ids):
+            tokens = self._tokens(shard)[local]
+            text[where] = np.maximum(tokens, -1)
+            samples = shard.samples[local]
+            interleaved[where] = samples["interleaved"] != 0
+            flags[where] = self._flags(shard, local, samples["flag"], tokens[:, 0])
+            if samples["num_media"].any():
+                owners.append(np.repeat(where, samples["num_media"]))
+                media.append(shard.media[_rows(samples["media_start"], samples["num_media"])])
+        owner, rows = np.concatenate(owners), np.concatenate(media)
+        totals = {}
+        for code, (kind, count) in enumerate(zip(MEDIA_KINDS, (image_tokens, audio_tokens), strict=True)):
+            totals[kind] = np.zeros(len(ids), np.int64)
+            mine = rows["kind"] == code
+            a, b = rows["a"][mine].astype(np.int64), rows["b"][mine].astype(np.int64)
+            np.add.at(totals[kind], owner[mine], count(a, b))
+        num_images = np.bincount(owner[rows["kind"] == MEDIA_KINDS.index("image")], minlength=len(ids))
+        sizes = SampleSizes(
+            text_tokens=text,
+            image_tokens=totals["image"],
+            audio_tokens=totals["audio"],
+            num_images=np.where(totals["image"] > 0, num_images, 0),
+            interleaved=interleaved,
+        )
+        return sizes, flags
+
+    def _flags(self, shard: ShardIndex, local: np.ndarray, flags: np.ndarray, tokens: np.ndarray | None) -> np.ndarray:
+        """Flags of samples `local` of a shard: by its members, by its texts (kept with the token counts), by quarantine."""
+        if tokens is not None and (bad := tokens < -1).any():
+            flags = np.where(bad & (flags == 0), -1 - tokens, flags)
+        held_back = self._quarantined.get(shard.content_hash)
+        if held_back is not None:
+            flags = np.where(np.isin(local, held_back), REASONS.index("quarantined"), flags)
+        return flags
+
+    def segments(
+        self, sample_id: int, image_tokens: MediaTokens, audio_tokens: MediaTokens
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens (m,) of an interleaved document's segments and their kinds (m,), -1 for text or the position in `MEDIA_KINDS`."""
+        shard, local = self._find(sample_id)
+        rows = shard.segments
+        first, stop = np.searchsorted(rows["sample"], [local, local + 1])
+        tokens = rows["tokens"][first:stop].astype(np.int64)
+        kinds = np.full(len(tokens), -1)
+        places = np.flatnonzero(tokens == MEDIA)
+        start, count = int(shard.samples["media_start"][local]), int(shard.samples["num_media"][local])
+        media = shard.media[start : start + count]
+        for code, measure in enumerate((image_tokens, audio_tokens)):
+            mine = media["kind"] == code
+            a, b = media["a"][mine].astype(np.int64), media["b"][mine].astype(np.int64)
+            tokens[places[mine]], kinds[places[mine]] = measure(a, b), code
+        return tokens, kinds
+
+    def problem(self, sample_id: int) -> str:
+        """What indexing found wrong with a sample, or that it is quarantined; empty if nothing."""
+        shard, local = self._find(sample_id)
+        if local in self._quarantined.get(shard.content_hash, ()):
+            return "listed in data.quarantine"
+        key = shard.keys[local].decode("utf-8", "surrogateescape")
+        return next((problem.detail for problem in shard.problems() if problem.key == key), "")
 
     def locate(self, sample_id: int) -> tuple[Path, str]:
         """(shard, key) of a sample."""

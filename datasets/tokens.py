@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -18,7 +18,29 @@ if TYPE_CHECKING:
 
     from mmctx.tokenizer import TextTokenizer
 
+SEGMENT_DTYPE = np.dtype(
+    [
+        ("sample", np.int32),  # ascending
+        ("tokens", np.int32),  # of a text segment; MEDIA for a picture or a clip
+    ]
+)
+MEDIA = -1
+
 _BATCH_TEXTS, _BATCH_CHARACTERS = 1024, 1 << 22
+
+
+class TokenCounts(NamedTuple):
+    """What `count_tokens` finds.
+
+    Attributes:
+        tokens: (n, max(1, number of texts)) int32 as `ShardIndex.tokens` describes.
+        segments: (m,) `SEGMENT_DTYPE`, the segments of interleaved documents in reading order.
+        problems: the samples whose texts cannot be used.
+    """
+
+    tokens: np.ndarray
+    segments: np.ndarray
+    problems: list[Problem]
 
 
 class TokenCounter:
@@ -54,13 +76,8 @@ class TokenCounter:
         return [len(e) for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
-def count_tokens(
-    path: Path, samples: np.ndarray, counter: TokenCounter, texts: Sequence[str]
-) -> tuple[np.ndarray, list[Problem]]:
+def count_tokens(path: Path, samples: np.ndarray, counter: TokenCounter, texts: Sequence[str]) -> TokenCounts:
     """Counts the tokens of every declared text of a shard that has been measured.
-
-    Returns:
-        (n, max(1, number of texts)) int32 as `ShardIndex.tokens` describes, and the samples whose texts cannot be used.
 
     Raises:
         DataError: the shard changed since it was measured.
@@ -69,10 +86,16 @@ def count_tokens(
     present = np.zeros(counts.shape, bool)
     keys: list[str] = []
     problems: dict[int, Problem] = {}
+    segments: list[tuple[int, int]] = []
     for cells, batch in _batches(_declared_texts(path, samples, texts, keys, problems)):
-        rows, columns = np.array(cells).T
-        np.add.at(counts, (rows, columns), counter.count(batch))  # segments of one document share a cell
-        present[rows, columns] = True
+        rows, columns, is_segment = np.array(cells).T
+        found = np.array(counter.count(batch))
+        is_media = is_segment == MEDIA
+        found[is_media] = 0
+        np.add.at(counts, (rows, columns), found)  # segments of one document share a cell
+        present[rows[~is_media], columns[~is_media]] = True
+        listed = is_segment != 0
+        segments += zip(rows[listed].tolist(), np.where(is_media, MEDIA, found)[listed].tolist(), strict=True)
     no_text = present & (counts == 0)
     nothing = (counts.sum(1) == 0) & (samples["num_media"] == 0)
     empty = (samples["flag"] == 0) & (nothing | (no_text.any(1) & (samples["interleaved"] == 0)))
@@ -82,13 +105,15 @@ def count_tokens(
     for number, problem in problems.items():
         tokens[number] = -1
         tokens[number, 0] = -1 - REASONS.index(problem.reason)
-    return tokens, [problems[number] for number in sorted(problems)]
+    return TokenCounts(tokens, np.array(segments, SEGMENT_DTYPE), [problems[number] for number in sorted(problems)])
 
 
 def _declared_texts(
     path: Path, samples: np.ndarray, texts: Sequence[str], keys: list[str], problems: dict[int, Problem]
-) -> Iterator[tuple[tuple[int, int], str]]:
-    """Yields ((sample, column), text); fills `keys` of all samples and `problems` of unusable texts."""
+) -> Iterator[tuple[tuple[int, int, int], str]]:
+    """Yields ((sample, column, kind), text), where kind is 0 for a plain text, 1 for a text segment and `MEDIA` for a media segment, whose
+    text is empty; fills `keys` of all samples and `problems` of unusable texts.
+    """
     wanted = text_members(texts)
     offsets, flags = samples["offset"].tolist(), samples["flag"].tolist()
     with path.open("rb", buffering=0) as file:
@@ -105,26 +130,29 @@ def _declared_texts(
             except SampleError as error:
                 problems[number] = Problem(sample.key, error.reason, error.detail)
                 continue
-            for column, text in columns:
-                yield (number, column), text
+            for column, kind, text in columns:
+                yield (number, column, kind), text
 
 
-def _columns(members: Mapping[str, bytes], texts: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """(column, text) of one sample."""
+def _columns(members: Mapping[str, bytes], texts: Sequence[str]) -> Iterator[tuple[int, int, str]]:
+    """(column, kind, text) of one sample."""
     document = parse_json(members)
     segments = parse_segments(document)
     if segments is not None:
-        yield from ((0, segment.value) for segment in segments if segment.kind == "text")
+        for segment in segments:
+            yield (0, 1, segment.value) if segment.kind == "text" else (0, MEDIA, "")
         return
     for column, entry in enumerate(texts):
         text = read_text(entry, members, document)
         if text is not None:
-            yield column, text
+            yield column, 0, text
 
 
-def _batches(cells: Iterator[tuple[tuple[int, int], str]]) -> Iterator[tuple[list[tuple[int, int]], list[str]]]:
+def _batches(
+    cells: Iterator[tuple[tuple[int, int, int], str]],
+) -> Iterator[tuple[list[tuple[int, int, int]], list[str]]]:
     """Bounds the number of texts and of characters that are tokenized at once."""
-    places: list[tuple[int, int]] = []
+    places: list[tuple[int, int, int]] = []
     batch: list[str] = []
     characters = 0
     for place, text in cells:

@@ -39,7 +39,7 @@ class ImagePreprocessor:
         """
         if pixels.ndim != 3 or pixels.shape[0] != 3 or pixels.dtype != torch.uint8 or pixels.numel() == 0:
             raise SampleError(
-                "bad_image", f"expected (3, H, W) uint8 pixels, found {tuple(pixels.shape)} {pixels.dtype}"
+                "undecodable_image", f"expected (3, H, W) uint8 pixels, found {tuple(pixels.shape)} {pixels.dtype}"
             )
         height, width = pixels.shape[1:]
         side = min(height, width)

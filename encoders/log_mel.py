@@ -92,7 +92,7 @@ class AudioPreprocessor:
                 "bad_audio", f"expected (n,) float samples, found {tuple(waveform.shape)} {waveform.dtype}"
             )
         if waveform.numel() == 0:
-            raise SampleError("empty_audio", f"no samples (at {rate} Hz)")
+            raise SampleError("empty", f"no samples (at {rate} Hz)")
         if not torch.isfinite(waveform).all():
             raise SampleError(
                 "bad_audio", f"{int((~torch.isfinite(waveform)).sum())} of {len(waveform)} samples not finite"

@@ -18,7 +18,7 @@ from mmctx.errors import ConfigError, DataError
 from mmctx.model import MmctxModel
 from mmctx.pack import PackedBatch
 from mmctx.train.build import build_model as _build_model
-from mmctx.train.checkpoint import TrainerState, load_model, resolve_checkpoint
+from mmctx.train.checkpoint import load_model, read_state, resolve_checkpoint
 from mmctx.train.config import RunConfig
 from mmctx.train.loop import TrainResult, train
 
@@ -79,7 +79,7 @@ def evaluate(
     context = evaluation.EvalContext(model.to(device), data, config.objectives, config.eval, device, bf16, progress)
     results = evaluation.evaluate(context, suites or config.eval.suites)
     run_dir = folder.parent
-    state = TrainerState(**json.loads((folder / "trainer" / "trainer_state.json").read_text()))
+    state = read_state(folder)
     results |= {"step": state.step, "tokens": state.tokens, "train_seconds": round(state.train_seconds, 1)}
     results = _joined(_of_the_same_step(run_dir / "report.json", state.step), results)
     results["loss"] = summarise_losses(run_dir, results.get("loss", {}))

@@ -111,7 +111,8 @@ class PackedBatch:
         media: per modality, its different items. A modality that no document uses has no entry.
         keys: the sample's key of each document, on the host.
         skips: samples that the plan named and that could not be used.
-        num_samples: samples that the documents were made from.
+        left_out: samples that the plan drew and left out, because the index or their sizes rule them out.
+        num_samples: samples (or parts of samples that were split) that the documents were made from.
     """
 
     input_ids: Tensor
@@ -125,6 +126,7 @@ class PackedBatch:
     media: Mapping[str, MediaBatch] = field(default_factory=dict)
     keys: tuple[str, ...] = ()
     skips: tuple[Skip, ...] = ()
+    left_out: tuple[Skip, ...] = ()
     num_samples: int = 0
 
     @property
@@ -157,7 +159,11 @@ class PackedBatch:
 
 
 def pack_documents(
-    documents: Sequence[Document], placeholder_ids: Mapping[str, int], skips: Sequence[Skip] = (), num_samples: int = 0
+    documents: Sequence[Document],
+    placeholder_ids: Mapping[str, int],
+    skips: Sequence[Skip] = (),
+    num_samples: int = 0,
+    left_out: Sequence[Skip] = (),
 ) -> PackedBatch:
     """Lays documents end to end, causal ones first, and records where everything is.
 
@@ -166,6 +172,7 @@ def pack_documents(
         placeholder_ids: modality -> token id that its slots hold.
         skips: samples that were left out, carried along for the ledger.
         num_samples: samples that the documents were made from.
+        left_out: samples that the plan left out, carried along for the ledger.
 
     Raises:
         DataError: a document's placeholders do not match its media, naming the sample's key and both numbers.
@@ -190,6 +197,7 @@ def pack_documents(
         media={kind: batch for kind in MODALITIES if (batch := _media_batch(kind, documents, starts)) is not None},
         keys=tuple(d.key for d in documents),
         skips=tuple(skips),
+        left_out=tuple(left_out),
         num_samples=num_samples,
         **_views(documents, starts),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -49,13 +49,19 @@ class SampleSizes:
             sum of its text segments in column 0.
         image_tokens: (n,) int64, summed over the sample's pictures; 0 where it has none.
         audio_tokens: (n,) int64, summed over the sample's clips; 0 where it has none.
+        num_images: (n,) int64 pictures that the image encoder will see.
         interleaved: (n,) bool.
     """
 
     text_tokens: np.ndarray
     image_tokens: np.ndarray
     audio_tokens: np.ndarray
+    num_images: np.ndarray
     interleaved: np.ndarray
 
     def __len__(self) -> int:
         return len(self.interleaved)
+
+    def take(self, rows: np.ndarray) -> SampleSizes:
+        """The sizes of some of the samples, in the order of `rows`."""
+        return SampleSizes(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -36,29 +36,36 @@ FREE_TO_CHANGE = (
     "train.keep_checkpoints",
     "train.tensorboard",
     "train.num_threads",
-    "data.tokenizer",
-    "data.sources.*.shards",
-    "data.num_workers",
-    "data.prefetch",
-    "data.cache_mb",
-    "data.skip_budget",
+    "data",
     "model.transformer.attention",
     "model.transformer.checkpoint_activations",
 )
-"""Keys that a resumed run may set otherwise without becoming another run. Paths of data are among them, its content is not."""
+"""Keys that a resumed run may set otherwise without becoming another run. What a change of `data` means, `train.segments` knows."""
 
 
 @dataclass
 class TrainerState:
-    """Everything a run is besides weights and optimizer. Data needs no more than the step."""
+    """Everything a run is besides weights and optimizer. Of the data the step is enough, with the segments of the plan so far.
+
+    Attributes:
+        skips: samples skipped so far, by reason.
+        left_out: samples drawn so far that the index or their sizes rule out, by reason.
+        segments: `Segment.to_json` of each.
+    """
 
     step: int = 0
     tokens: int = 0
     samples: int = 0
-    skipped: int = 0
+    skips: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
     train_seconds: float = 0.0
     planned_steps: int = 0
-    data_fingerprint: str = ""
+    segments: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def skipped(self) -> int:
+        """Samples skipped so far."""
+        return sum(self.skips.values())
 
 
 def save_checkpoint(
@@ -158,24 +165,19 @@ def load_weights(model: MmctxModel, checkpoint: Path) -> None:
 
 
 def resume(
-    run_dir: Path, config: RunConfig, model: MmctxModel, optimizer: torch.optim.Optimizer, data_fingerprint: str
+    run_dir: Path, config: RunConfig, model: MmctxModel, optimizer: torch.optim.Optimizer
 ) -> TrainerState | None:
     """Loads the newest whole checkpoint of the run, if there is one.
 
     Raises:
-        CheckpointError: it was made with another configuration (the first differing keys are named with both values) or other data.
+        CheckpointError: it was made with another configuration (the first differing keys are named with both values).
     """
     checkpoints = list_checkpoints(run_dir)
     if not checkpoints:
         return None
     checkpoint = checkpoints[-1]
     check_same_run(load_run_config(checkpoint), config, checkpoint)
-    state = TrainerState(**_read_json(checkpoint / "trainer" / "trainer_state.json"))
-    if state.data_fingerprint != data_fingerprint:
-        raise CheckpointError(
-            f"{checkpoint} was made with shards and tokenizer of fingerprint {state.data_fingerprint}, those configured now have "
-            f"{data_fingerprint}: the same steps would read other samples. Restore them, or set run.name to start a new run."
-        )
+    state = read_state(checkpoint)
     load_weights(model, checkpoint)
     path = checkpoint / "trainer" / "optimizer.pt"
     try:
@@ -185,6 +187,21 @@ def resume(
             f"{path}: cannot be read ({error}); delete {checkpoint} to fall back to the one before it"
         ) from None
     return state
+
+
+def read_state(checkpoint: Path) -> TrainerState:
+    """The `trainer_state.json` of a checkpoint.
+
+    Raises:
+        CheckpointError: it is damaged, or of another version of mmctx.
+    """
+    path = checkpoint / "trainer" / "trainer_state.json"
+    try:
+        return TrainerState(**_read_json(path))
+    except TypeError as error:
+        raise CheckpointError(
+            f"{path}: written by another version of mmctx ({error}); set run.name to start a new run"
+        ) from None
 
 
 def check_same_run(saved: RunConfig, asked: RunConfig, where: Path) -> None:

@@ -17,7 +17,8 @@ from mmctx.config import dump_config
 from mmctx.datasets.assemble import RunData, build_data
 from mmctx.datasets.fetch import StepSampler, make_loader
 from mmctx.datasets.order import derive_key
-from mmctx.datasets.plan import Plan
+from mmctx.datasets.plan import Plan, share_out
+from mmctx.fingerprint import as_signed, bin_fingerprint, combine, show
 from mmctx.model import MmctxModel
 from mmctx.objectives import LossSum
 from mmctx.pack import PackedBatch
@@ -36,6 +37,7 @@ from mmctx.train.records import (
     trim,
     write_manifest,
 )
+from mmctx.train.segments import continue_segments, read_segments
 from mmctx.train.stop import StopOnSignal
 
 
@@ -97,7 +99,7 @@ def _sit_down(config: RunConfig, accelerator: Accelerator) -> Sitting:
     shape = config if fresh else config.model_copy(update={"model": without_pretrained(config.model)})
     model = build_model(shape, len(data.tokenizer))
     optimizer = build_optimizer(model, config.train.optimizer)
-    state = resume(run_dir, config, model, optimizer, data.fingerprint)
+    state = resume(run_dir, config, model, optimizer)
     return Sitting(config, accelerator, run_dir, data, model, optimizer, state)
 
 
@@ -115,15 +117,23 @@ class Sitting:
         state: TrainerState | None,
     ) -> None:
         self.config, self.accelerator, self.run_dir, self.data = config, accelerator, run_dir, data
-        self.state = state or TrainerState(planned_steps=config.train.steps, data_fingerprint=data.fingerprint)
+        self.state = state or TrainerState(planned_steps=config.train.steps)
         self.raw_model = model
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.plan = Plan(config.data, data.tables, config.train.seed)
         self.bar = ProgressBar(config.train.steps, self.state.step, enabled=accelerator.is_main_process)
+        self.plan = self._plan(resumed=state is not None)
         self.metrics: Metrics | None = None
         self.ledger = self._open_records(last_step=state.step if state else -1)
         if accelerator.is_main_process:
             self._introduce(resumed=state is not None)
+
+    def _plan(self, resumed: bool) -> Plan:
+        """The plan of the run's current segment, which is a new one if the data changed since the checkpoint."""
+        state, config, where = self.state, self.config, f"{self.run_dir}, step {self.state.step}"
+        earlier = read_segments(state.segments, where) if resumed else []
+        segments = continue_segments(earlier, state.step, config, self.data, where, self.bar.say)
+        state.segments = [segment.to_json() for segment in segments]
+        return Plan(config.data, self.data.tables, config.train.seed, segments[-1].start)
 
     def run(self) -> TrainResult:
         """Every step from the current one on."""
@@ -136,18 +146,22 @@ class Sitting:
                 self._step(batches, interval)
                 state.step += 1
                 self.bar.advance(state.step)
-                log, save = state.step % config.train.log_every == 0, state.step % config.train.save_every == 0
-                if log or save:  # lines and checkpoints agree on where the run stands
+                if self._is_due(state.step):
                     self._log(interval)
                     interval = Interval()
-                if save:
+                if state.step % config.train.save_every == 0:
                     self._save()
-            if interval.steps:
+            if interval.steps:  # stopped by a signal
                 self._log(interval)
             if state.step > first:
                 self._save()
         interrupted, main = state.step < config.train.steps, self.accelerator.is_main_process
         return TrainResult(self.run_dir, state.step, interrupted, state.train_seconds, main)
+
+    def _is_due(self, step: int) -> bool:
+        """Whether a line is written after `step` steps: lines and checkpoints agree on where the run stands."""
+        train = self.config.train
+        return step % train.log_every == 0 or step % train.save_every == 0 or step == train.steps
 
     def _batches(self) -> Iterator[PackedBatch]:
         accelerator = self.accelerator
@@ -160,16 +174,15 @@ class Sitting:
         """One optimizer step over this rank's bins of the global batch."""
         accelerator, step = self.accelerator, self.state.step
         waited = time.perf_counter()
-        per_rank = self.config.data.bins_per_step // accelerator.num_processes
-        micro_batches = [next(batches) for _ in range(per_rank)]
+        mine = share_out(self.plan.step(step), accelerator.process_index, accelerator.num_processes)
+        micro_batches = [next(batches) for _ in mine]
         interval.data_wait += time.perf_counter() - waited
         lr = learning_rate(step, self.config.train.steps, self.config.train.optimizer.lr, self.config.train.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         counts = self._global_counts(micro_batches)
-        for number, batch in enumerate(micro_batches):
+        for number, ((bin_number, _), batch) in enumerate(zip(mine, micro_batches, strict=True)):
             # Dropout is a function of (seed, step, bin): no generator state to save, and no dependence on ranks.
-            bin_number = accelerator.process_index + number * accelerator.num_processes
             torch.manual_seed(derive_key(self.config.train.seed, "dropout", step, bin_number) >> 1)
             last = number == len(micro_batches) - 1
             with nullcontext() if last else accelerator.no_sync(self.model):
@@ -181,6 +194,9 @@ class Sitting:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._count(micro_batches, counts, interval)
+        if self._is_due(step + 1):
+            prints = [bin_fingerprint(number, batch) for (number, _), batch in zip(mine, micro_batches, strict=True)]
+            interval.fingerprint = combine(prints)
 
     def _combine(self, losses: Mapping[str, LossSum], counts: Mapping[str, int | Tensor]) -> Tensor:
         """Weighted sum of means over the whole global step; times the ranks, because DDP averages gradients over them."""
@@ -208,19 +224,21 @@ class Sitting:
 
     def _count(self, micro_batches: list[PackedBatch], counts: Mapping[str, int | Tensor], interval: Interval) -> None:
         interval.add(micro_batches, counts)
-        skipped = sum(self.ledger.record(batch.skips, self.state.step + 1) for batch in micro_batches)
-        interval.skipped += skipped
-        if skipped and self.accelerator.num_processes == 1:  # several ranks know their sums only when they log
-            all_skipped = self.state.skipped + interval.skipped
-            self.ledger.check(all_skipped, self.state.samples + interval.samples + all_skipped)
+        self.ledger.record(micro_batches, self.state.step + 1)
+        if any(batch.skips for batch in micro_batches) and self.accelerator.num_processes == 1:
+            # Several ranks know their sums only when they log.
+            skipped = self.state.skipped + interval.skips.total()
+            self.ledger.check(skipped, self.state.samples + interval.samples + skipped)
 
     def _log(self, interval: Interval) -> None:
         """Writes one line: the only place where the loop waits for the device."""
         state, config = self.state, self.config
-        tokens, samples, skipped = self._sum_over_ranks([interval.tokens, interval.samples, interval.skipped])
+        tokens, samples, bins, fingerprint, *by_reason = self._sum_over_ranks(
+            [interval.tokens, interval.samples, interval.bins, as_signed(interval.fingerprint), *interval.by_reason()]
+        )
         state.tokens += tokens
         state.samples += samples
-        state.skipped += skipped
+        interval.add_reasons(by_reason, state.skips, state.left_out)
         totals = torch.stack([interval.totals[name].double() for name in interval.counts])
         totals = self.accelerator.reduce(totals, reduction="sum").tolist()  # type: ignore[union-attr]
         counts = {name: int(count) for name, count in interval.counts.items()}
@@ -238,9 +256,13 @@ class Sitting:
             "samples": state.samples,
             "tokens_per_s": tokens / seconds,
             "samples_per_s": samples / seconds,
-            "fill": tokens / (interval.steps * config.data.bins_per_step * config.data.bin_tokens),
+            "fill": tokens / (bins * config.data.bin_tokens),
             "data_wait": interval.data_wait / seconds,
+            "segment": len(state.segments) - 1,
+            "batch_fingerprint": show(fingerprint),
             "skipped": state.skipped,
+            **{f"skipped/{reason}": count for reason, count in state.skips.items()},
+            **{f"left_out/{reason}": count for reason, count in state.left_out.items()},
         }
         if self.metrics is not None:
             self.metrics.write(line)
@@ -281,17 +303,13 @@ class Sitting:
                     f"train.steps is {steps}, was {state.planned_steps}: the learning rate follows the new length"
                 )
                 state.planned_steps = steps
-        else:
-            self.ledger.record(self.data.skips, step=0)
         dump_config(self.config, self.run_dir / "config.yaml")
-        manifest = write_manifest(self.run_dir, self.raw_model, plan, self.data.skips, self.accelerator)
+        manifest = write_manifest(self.run_dir, self.raw_model, plan, self.accelerator)
         self.bar.say(
             f"{self.run_dir}: {manifest['parameters']:,} parameters, {plan.num_samples:,} samples, "
             f"{plan.samples_per_step:.1f} of them a step"
         )
-        if self.data.skips:
-            self.bar.say(f"left out {len(self.data.skips)} samples {manifest['left_out_samples']}, see skips.jsonl")
-        for warning in explain_left_out(self.data):
+        for warning in explain_left_out(plan):
             self.bar.say(warning)
 
     def close(self) -> None:

@@ -17,12 +17,12 @@ from typing import Any, TextIO
 from accelerate import Accelerator
 from torch import Tensor
 
-from mmctx.datasets.assemble import RunData
+from mmctx.datasets.contents import REASONS
 from mmctx.datasets.plan import Plan
 from mmctx.errors import SkipBudgetError
 from mmctx.jsonl import read_lines
 from mmctx.model import MmctxModel, count_parameters
-from mmctx.pack import PackedBatch, Skip
+from mmctx.pack import PackedBatch
 
 
 @dataclass
@@ -34,8 +34,11 @@ class Interval:
     grad_norm: Tensor | None = None
     tokens: int = 0
     samples: int = 0
-    skipped: int = 0
+    bins: int = 0
     steps: int = 0
+    skips: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
+    fingerprint: int = 0
     data_wait: float = 0.0
     started: float = field(default_factory=time.perf_counter)
 
@@ -44,8 +47,24 @@ class Interval:
         self.steps += 1
         for name, count in counts.items():
             self.counts[name] = self.counts.get(name, 0) + count
+        self.bins += len(micro_batches)
         self.tokens += sum(batch.num_tokens for batch in micro_batches)
         self.samples += sum(batch.num_samples for batch in micro_batches)
+        self.skips.update(skip.reason for batch in micro_batches for skip in batch.skips)
+        self.left_out.update(skip.reason for batch in micro_batches for skip in batch.left_out)
+
+    def by_reason(self) -> list[int]:
+        """Skips, then samples left out, by every reason there is: a list as long on every rank."""
+        return [counter[reason] for counter in (self.skips, self.left_out) for reason in REASONS]
+
+    @staticmethod
+    def add_reasons(counts: Sequence[int], skips: dict[str, int], left_out: dict[str, int]) -> None:
+        """Adds what `by_reason` gave, summed over the ranks, to the run's totals."""
+        for number, count in enumerate(counts):
+            total = skips if number < len(REASONS) else left_out
+            if count:
+                reason = REASONS[number % len(REASONS)]
+                total[reason] = total.get(reason, 0) + count
 
 
 class JsonLines:
@@ -100,7 +119,7 @@ class Metrics:
         self._lines.write([line])
         if self._events is not None:
             for name, value in line.items():
-                if value is not None:
+                if isinstance(value, int | float):
                     self._events.add_scalar(name, value, line["step"])
 
     def close(self) -> None:
@@ -125,12 +144,12 @@ class SkipLedger:
         self._lines, self.budget = JsonLines(path, last_step), budget
         self._by_shard: Counter[str] = Counter()
 
-    def record(self, skips: Iterable[Skip], step: int) -> int:
-        """Writes skips down and returns their number."""
-        lines = [{"step": step, **asdict(skip)} for skip in skips]
-        self._lines.write(lines)
-        self._by_shard.update(line["shard"] for line in lines)
-        return len(lines)
+    def record(self, batches: Sequence[PackedBatch], step: int) -> None:
+        """Writes down what was skipped, and what the plan left out: only the first counts towards the budget."""
+        for batch in batches:
+            self._lines.write({"step": step, "planned": False, **asdict(skip)} for skip in batch.skips)
+            self._lines.write({"step": step, "planned": True, **asdict(skip)} for skip in batch.left_out)
+            self._by_shard.update(skip.shard for skip in batch.skips)
 
     def check(self, skipped: int, samples: int) -> None:
         """Raises SkipBudgetError when more than the budget of the samples seen so far were skipped."""
@@ -146,14 +165,12 @@ class SkipLedger:
         self._lines.close()
 
 
-def write_manifest(
-    run_dir: Path, model: MmctxModel, plan: Plan, skips: Sequence[Skip], accelerator: Accelerator
-) -> dict[str, Any]:
+def write_manifest(run_dir: Path, model: MmctxModel, plan: Plan, accelerator: Accelerator) -> dict[str, Any]:
     """What the run is made of and with, in `manifest.json`; also returned."""
     manifest = {
         "parameters": count_parameters(model),
-        "usable_samples": plan.num_samples,
-        "left_out_samples": dict(Counter(skip.reason for skip in skips)),
+        "samples": plan.num_samples,
+        "window": {"steps": plan.window_steps, "samples": plan.samples_per_window},
         "samples_per_step": plan.samples_per_step,
         "processes": accelerator.num_processes,
         "device": str(accelerator.device),
@@ -164,15 +181,17 @@ def write_manifest(
     return manifest
 
 
-def explain_left_out(data: RunData) -> Iterator[str]:
-    """A warning for each source that loses more than `data.skip_budget` of its samples before the first step."""
-    for source, _ in data.dataset.sources:
-        reasons = Counter(skip.reason for skip in data.skips if skip.source == source.name)
-        if reasons.total() > data.config.skip_budget * source.num_samples:
+def explain_left_out(plan: Plan) -> Iterator[str]:
+    """A warning for each source that loses more than `data.skip_budget` of its samples before any is decoded."""
+    budget = plan.config.skip_budget
+    for name, survey in zip(plan.names, plan.surveys, strict=True):
+        reasons = Counter(survey.reasons)
+        if reasons.total() > budget * survey.num_seen:
             counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+            seen = "" if survey.is_complete else f" looked at, of {survey.num_samples:,}"
             yield (
-                f"WARNING: data.sources.{source.name}: {reasons.total()} of {source.num_samples} samples are left out ({counts}), "
-                f"more than data.skip_budget={data.config.skip_budget}; training goes on without them, skips.jsonl names each"
+                f"WARNING: data.sources.{name}: {reasons.total()} of {survey.num_seen} samples{seen} are left out ({counts}), "
+                f"more than data.skip_budget={budget}; training goes on without them, skips.jsonl names each as its turn comes"
             )
 
 

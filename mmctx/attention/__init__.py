@@ -53,7 +53,7 @@ def attention(
         ValueError: shapes, types or devices do not fit together.
         BackendError: `backend` is unknown or cannot run here.
     """
-    if torch.is_autocast_enabled(q.device.type):
+    if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):  # on meta, shapes alone are wanted
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
     _check(q, k, v, layout, window)

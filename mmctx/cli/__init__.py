@@ -21,7 +21,13 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, help="Build and index shards.", rich_markup_mode=None)
 app.add_typer(data_app, name="data")
 
-for name, command in {"train": runs.train, "eval": runs.evaluate, "plan": runs.plan, "doctor": runs.doctor}.items():
+for name, command in {
+    "train": runs.train,
+    "eval": runs.evaluate,
+    "plan": runs.plan,
+    "replay": runs.replay,
+    "doctor": runs.doctor,
+}.items():
     app.command(name)(command)
 for name, command in {"build": build.data_build, "index": data.data_index}.items():
     data_app.command(name)(command)

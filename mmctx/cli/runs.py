@@ -1,4 +1,4 @@
-"""Commands about runs: train, eval, plan, doctor."""
+"""Commands about runs: train, eval, plan, replay, doctor."""
 
 from __future__ import annotations
 
@@ -55,12 +55,55 @@ def evaluate(
 def plan(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
     """Show what a run will read, before it runs."""
     from mmctx import api
-    from mmctx.datasets.forecast import forecast
+    from mmctx.datasets.forecast import forecast, largest_bin
+    from mmctx.datasets.plan import Plan
+    from mmctx.train.memory import estimate_memory
 
     run_config = api.load_config(config, *(overrides or []))
     data = api.build_dataset(run_config)
-    answer = forecast(run_config.data, data, run_config.train.steps, run_config.train.seed)
+    run_plan = Plan(run_config.data, data.tables, run_config.train.seed)
+    answer = forecast(run_plan, run_config.train.steps)
+    step, number = largest_bin(run_plan, run_config.train.steps)
+    batch = data.dataset[run_plan.step(step)[number]]
+    answer["memory"] = estimate_memory(run_config, batch, len(data.tokenizer))
     print_answer(answer, as_json, table(answer))
+
+
+def replay(
+    where: Annotated[Path, typer.Argument(help="A run folder, or the run's YAML file.")],
+    overrides: Overrides = None,
+    step: Annotated[int, typer.Option(help="Counted from 1, as in metrics.jsonl.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Rebuild the global batch of one step and print its fingerprint; exit 1 if metrics.jsonl has another."""
+    from mmctx.train.replay import recorded_fingerprint, replay
+
+    batch = replay(where, step, tuple(overrides or ()))
+    recorded = recorded_fingerprint(where, step) if where.is_dir() else None
+    answer = {
+        "step": step,
+        "batch_fingerprint": batch.fingerprint,
+        "recorded": recorded,
+        "bins": [
+            {
+                "tokens": packed.num_tokens,
+                "documents": len(packed.objectives),
+                "samples": packed.num_samples,
+                "keys": sorted(set(packed.keys)),
+                "skipped": {skip.key: skip.reason for skip in packed.skips},
+            }
+            for packed in batch.batches
+        ],
+    }
+    lines = [
+        f"bin {n}: {b['tokens']} tokens, {b['documents']} documents of {b['samples']} samples"
+        for n, b in enumerate(answer["bins"])
+    ]
+    verdict = {None: "metrics.jsonl has no line of this step", batch.fingerprint: "as in metrics.jsonl"}
+    note = verdict.get(recorded, f"metrics.jsonl has {recorded}") if where.is_dir() else ""
+    print_answer(answer, as_json, "\n".join([*lines, f"batch_fingerprint {batch.fingerprint} {note}".rstrip()]))
+    if recorded not in (None, batch.fingerprint):
+        raise typer.Exit(1)
 
 
 def doctor(as_json: Json = False) -> None:

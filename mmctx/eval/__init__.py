@@ -43,7 +43,9 @@ def evaluate(context: EvalContext, suites: Sequence[str]) -> dict[str, Any]:
 
 def count_skips(context: EvalContext) -> dict[str, int]:
     """Held-out samples that could not be used, by reason, each once."""
-    found = {(skip.shard, skip.key): skip.reason for skip in (*context.data.skips, *context.data.dataset.undecodable)}
+    found = {
+        (skip.shard, skip.key): skip.reason for skip in (*context.data.left_out(), *context.data.dataset.undecodable)
+    }
     return dict(Counter(found.values()))
 
 

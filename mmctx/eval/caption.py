@@ -108,9 +108,9 @@ class _Prompt(NamedTuple):
 
 def _prompts(dataset: PackedDataset, bin: Bin) -> Iterator[_Prompt]:
     """The captioning documents of a bin, cut before their text."""
-    for number, sample_id, epoch in bin.samples:
+    for number, sample_id, epoch, part in bin.samples:
         try:
-            documents = dataset.documents(number, sample_id, epoch)
+            documents = dataset.documents(number, sample_id, epoch, part)
         except SampleError as error:
             dataset.note(number, sample_id, error)
             continue

@@ -109,10 +109,10 @@ def _load(entry: Mapping[str, Any], data: RunData) -> Example:
 
 def _media(kind: str, source_name: str, sample_id: int, data: RunData) -> Iterator[tuple[str, Any]]:
     """Fields of `Example` that show the media of a sample."""
-    sources = {source.name: source for source, _ in data.dataset.sources}
-    if source_name not in sources:
-        raise MmctxError(f"no held-out source {source_name!r}; there are {', '.join(sources)}")
-    members = sources[source_name].read(sample_id).members
+    if source_name not in data.tables:
+        raise MmctxError(f"no held-out source {source_name!r}; there are {', '.join(data.tables)}")
+    table = data.tables[source_name]
+    members = table.source.read(sample_id).members
     extension = next((name for name in members if name in _EXTENSIONS[kind]), None)
     if extension is None:
         raise MmctxError(f"the sample has no {kind}; its members are {', '.join(members)}")
@@ -120,7 +120,7 @@ def _media(kind: str, source_name: str, sample_id: int, data: RunData) -> Iterat
     if kind == "audio":
         waveform, rate = decode_audio(members[extension])
         yield "seconds", len(waveform) / rate
-        make_item = data.dataset.preprocessors.audio
+        make_item = table.preprocessors.audio
         assert make_item is not None, "a model without a sound encoder has no captions of sound"
         frames = make_item(waveform, rate).values  # (F, M)
         yield "spectrogram", data_uri("image/png", spectrogram_png(frames.numpy()))

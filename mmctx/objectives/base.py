@@ -35,10 +35,24 @@ class LossSum(NamedTuple):
 
 
 class DataHalf(Protocol):
-    """Turns samples into documents."""
+    """Turns samples into documents.
+
+    Attributes:
+        causal: its documents attend to the past only, or in both directions.
+    """
+
+    causal: bool
 
     def lengths(self, sizes: SampleSizes) -> np.ndarray:
         """(n, documents a sample) int64 lengths of the documents that `documents` will make, 0 for none; integers only."""
+        ...
+
+    def labels(self, sizes: SampleSizes) -> np.ndarray:
+        """(n,) int64 estimated number of labelled positions: what the output head will cost."""
+        ...
+
+    def pairs(self, sizes: SampleSizes) -> np.ndarray:
+        """(n,) int64 candidates that each sample adds to a similarity loss, 0 for other objectives."""
         ...
 
     def documents(self, sample: Sample, rng: np.random.Generator) -> list[Document]:

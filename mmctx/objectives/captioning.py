@@ -41,6 +41,7 @@ class Captioning:
 
     def __init__(self, name: str, config: CaptioningConfig, tokenizer: TextTokenizer) -> None:
         self.name, self.config, self.tokenizer = name, config, tokenizer
+        self.causal = True
 
     def lengths(self, sizes: SampleSizes) -> np.ndarray:
         """(n, 2): picture's and clip's document; text alone and interleaved documents stand in column 0."""
@@ -51,6 +52,15 @@ class Captioning:
         captions[:, 0] = np.where((media == 0).all(axis=1), token_counts(text, 1), captions[:, 0])
         whole = token_counts(np.maximum(sizes.text_tokens[:, 0], 0) + media.sum(axis=1), 1)
         return np.where(sizes.interleaved[:, None], np.stack([whole, np.zeros_like(whole)], axis=1), captions)
+
+    def labels(self, sizes: SampleSizes) -> np.ndarray:
+        """(n,): every text token and the end of each document."""
+        column = np.where(sizes.interleaved, sizes.text_tokens[:, 0], text_column(sizes, self.config.text))
+        return (self.lengths(sizes) > 0).sum(axis=1) * (np.maximum(column, 0) + 1)
+
+    def pairs(self, sizes: SampleSizes) -> np.ndarray:
+        """(n,) zeros."""
+        return np.zeros(len(sizes), np.int64)
 
     def documents(self, sample: Sample, rng: np.random.Generator) -> list[Document]:
         """See `DataHalf`."""

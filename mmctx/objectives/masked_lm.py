@@ -32,6 +32,7 @@ class MaskedLM:
 
     def __init__(self, name: str, config: MaskedLMConfig, tokenizer: TextTokenizer) -> None:
         self.name, self.config, self.tokenizer = name, config, tokenizer
+        self.causal = False
 
     def lengths(self, sizes: SampleSizes) -> np.ndarray:
         """(n, 1)."""
@@ -41,6 +42,16 @@ class MaskedLM:
         plain = token_counts(text_column(sizes, self.config.text), media)
         whole = token_counts(sizes.text_tokens[:, 0], sizes.image_tokens + sizes.audio_tokens)
         return np.where(sizes.interleaved, whole, plain)[:, None]
+
+    def labels(self, sizes: SampleSizes) -> np.ndarray:
+        """(n,): the masked share of the text, one at least."""
+        column = np.where(sizes.interleaved, sizes.text_tokens[:, 0], text_column(sizes, self.config.text))
+        thousandths = round(1000 * self.config.rate)
+        return np.where(self.lengths(sizes)[:, 0] > 0, np.maximum(column, 1) * thousandths // 1000 + 1, 0)
+
+    def pairs(self, sizes: SampleSizes) -> np.ndarray:
+        """(n,) zeros."""
+        return np.zeros(len(sizes), np.int64)
 
     def documents(self, sample: Sample, rng: np.random.Generator) -> list[Document]:
         """See `DataHalf`."""

@@ -58,6 +58,7 @@ class Similarity:
 
     def __init__(self, name: str, config: SimilarityConfig, tokenizer: TextTokenizer) -> None:
         self.name, self.config, self.tokenizer = name, config, tokenizer
+        self.causal = config.causal
 
     def lengths(self, sizes: SampleSizes) -> np.ndarray:
         """(n, number of views)."""
@@ -71,6 +72,14 @@ class Similarity:
         if view in media:
             return token_counts(media[view], 1)
         return token_counts(text_column(sizes, int(view.removeprefix("text"))), 1)
+
+    def labels(self, sizes: SampleSizes) -> np.ndarray:
+        """(n,) zeros: embeddings pass no output head."""
+        return np.zeros(len(sizes), np.int64)
+
+    def pairs(self, sizes: SampleSizes) -> np.ndarray:
+        """(n,): one for each sample that has views to compare."""
+        return np.asarray((self.lengths(sizes) > 0).any(axis=1), np.int64)
 
     def documents(self, sample: Sample, rng: np.random.Generator) -> list[Document]:
         """See `DataHalf`."""

@@ -72,7 +72,7 @@ def test_force_and_leftovers(shard, tokenizer, monkeypatch):
     index_shard(shard, tokenizer, ("txt",), force=True)
     assert calls == ["measure_shard", "count_tokens"]
     assert sorted(p.name for p in shard.parent.iterdir()) == [shard.name, index_folder(shard).name]
-    assert len(list(index_folder(shard).iterdir())) == 6
+    assert len(list(index_folder(shard).iterdir())) == 7
     assert not any(p.name.startswith(".") for p in index_folder(shard).iterdir())
 
 

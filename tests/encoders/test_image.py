@@ -73,7 +73,7 @@ class TestPreprocessor:
 
     @pytest.mark.parametrize("shape", [(1, 8, 8), (8, 8), (3, 0, 8)])
     def test_what_is_no_rgb_picture_is_refused(self, shape):
-        with pytest.raises(SampleError, match="bad_image"):
+        with pytest.raises(SampleError, match="undecodable_image"):
             ImagePreprocessor(config())(torch.zeros(shape, dtype=torch.uint8))
 
 

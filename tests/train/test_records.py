@@ -8,12 +8,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mmctx.config import build_config
 from mmctx.errors import SkipBudgetError
 from mmctx.jsonl import read_lines
-from mmctx.pack import Skip
+from mmctx.pack import Document, Skip, pack_documents
 from mmctx.tokenizer import TextTokenizer
 from mmctx.train.build import build_model
 from mmctx.train.checkpoint import TrainerState, list_checkpoints, save_checkpoint
@@ -58,12 +59,15 @@ def test_a_kill_while_trimming_leaves_the_whole_old_file(tmp_path: Path, monkeyp
 def test_the_ledger_stops_a_run_beyond_its_budget(tmp_path: Path) -> None:
     ledger = SkipLedger(tmp_path / "skips.jsonl", budget=0.01, last_step=-1)
     skip = Skip(source="s", shard="bad.tar", key="k", reason="undecodable_image", detail="")
-    assert ledger.record([skip] * 3, step=1) == 3
+    planned = Skip(source="s", shard="long.tar", key="k", reason="over_long", detail="")
+    document = Document("o", np.array([1]), np.array([-100]), causal=True)
+    ledger.record([pack_documents([document], {}, [skip] * 3, left_out=[planned] * 9)], step=1)
     ledger.check(2, 100)  # of so few samples the share means nothing yet
     ledger.check(3, 300)
-    with pytest.raises(SkipBudgetError, match=r"3 of 299 .*bad\.tar \(3\)"):
+    with pytest.raises(SkipBudgetError, match=r"3 of 299 .*bad\.tar \(3\)\."):
         ledger.check(3, 299)
     ledger.close()
+    assert [line["planned"] for line in read_lines(tmp_path / "skips.jsonl")] == [False] * 3 + [True] * 9
 
 
 def test_a_saved_step_is_left_untouched_and_old_ones_lose_complete_first(

@@ -1,0 +1,98 @@
+"""What becomes of a document that is longer than the context: dropped, truncated or split, by declared policy. Media are never cut.
+
+The plan cuts lengths that the index knows, the loader cuts the decoded sample: both through `cut`, so that they agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from mmctx.pack import MediaItem
+from mmctx.sample import Sample
+
+LongDocuments = Literal["drop", "truncate", "split"]
+"""`drop`: the sample is left out as `over_long`. `truncate`: its text is cut off where the context ends. `split`: an interleaved
+document or a text without media becomes several documents, cut between segments where possible; other samples are truncated."""
+
+ENDING = 1
+"""Tokens that an objective may add to a document: the end-of-text or the embedding token."""
+
+
+class Piece(NamedTuple):
+    """Tokens `start` to `stop` of one segment."""
+
+    segment: int
+    start: int
+    stop: int
+
+
+def cut(lengths: Sequence[int], is_media: Sequence[bool], room: int) -> list[list[Piece]]:
+    """Cuts a document into parts of at most `room` tokens, between segments where it can.
+
+    A segment that does not fit into what is left of a part opens the next one. Text that is longer than a whole part fills up what is left
+    and goes on in the next. Media of more than `room` tokens have no place: the caller rules them out before.
+
+    Returns:
+        the pieces of each part in reading order; empty segments are in none.
+    """
+    parts: list[list[Piece]] = [[]]
+    left = room
+    for number, (length, media) in enumerate(zip(lengths, is_media, strict=True)):
+        start = 0
+        while start < length:
+            if length - start <= left:
+                stop = length
+            elif left < room and (media or length <= room):
+                stop = start  # it fits into a part of its own
+            else:
+                stop = length if media else start + left
+            if stop > start:
+                parts[-1].append(Piece(number, start, stop))
+                left -= stop - start
+            if stop < length:
+                parts.append([])
+                left = room
+            start = stop
+    return [part for part in parts if part]
+
+
+def split_sample(sample: Sample, policy: LongDocuments, context_length: int) -> list[Sample]:
+    """The parts of a decoded sample, whose documents all fit into the context; most often the sample itself.
+
+    A plain text becomes one segment where it is split. `drop` leaves everything as it is: the plan has ruled long samples out.
+    """
+    room = context_length - ENDING
+    segments = sample.segments
+    if policy == "drop":
+        return [sample]
+    if segments is None and (policy == "truncate" or not is_plain_text(sample)):
+        return [_truncate_texts(sample, room)]
+    segments = segments if segments is not None else tuple(text for text in sample.texts[:1] if text is not None)
+    lengths = [part.num_tokens if isinstance(part, MediaItem) else len(part) for part in segments]
+    if sum(lengths) <= room:
+        return [sample]
+    parts = cut(lengths, [isinstance(part, MediaItem) for part in segments], room)
+    if policy == "truncate":
+        parts = parts[:1]
+    return [replace(sample, texts=(), segments=tuple(_piece(segments, piece) for piece in part)) for part in parts]
+
+
+def is_plain_text(sample: Sample) -> bool:
+    """A single text without media."""
+    return sample.image is None and sample.audio is None and len(sample.texts) == 1
+
+
+def _truncate_texts(sample: Sample, room: int) -> Sample:
+    """Every text short enough to stand beside the sample's picture or its clip."""
+    media = max((item.num_tokens for item in (sample.image, sample.audio) if item is not None), default=0)
+    texts = tuple(None if text is None else text[: max(room - media, 0)] for text in sample.texts)
+    return replace(sample, texts=texts)
+
+
+def _piece(segments: Sequence[np.ndarray | MediaItem], piece: Piece) -> np.ndarray | MediaItem:
+    segment = segments[piece.segment]
+    return segment if isinstance(segment, MediaItem) else segment[piece.start : piece.stop]

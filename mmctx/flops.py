@@ -1,0 +1,91 @@
+"""How much arithmetic a batch is: bins are balanced by it, `mmctx plan` foretells it, utilisation is measured against it.
+
+Model FLOPs, forward and backward (three times forward), by the usual convention (PaLM, Chowdhery et al. 2022, appendix B): two for each
+multiply-add, 6 P T for P matrix parameters on T tokens, attention counted over the pairs that may see each other, so that causal attention
+costs half of bidirectional. Recomputation and optimizer are not counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmctx.model import ENCODERS, VOCAB_MULTIPLE, ModelConfig
+from mmctx.pack import MediaBatch
+from mmctx.transformer import TransformerConfig
+
+FORWARD_AND_BACKWARD = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """FLOPs of one training step, by what is in the batch. All are integers: no machine rounds them otherwise.
+
+    Attributes:
+        token: of the trunk's matrices, for each token.
+        label: of the output head, for each position with a label.
+        image: of the image encoder, for each picture.
+        audio_token: of the sound encoder, for each embedding it makes.
+        windows: window of each layer, None for a global one.
+        width: H * d, channels of attention.
+    """
+
+    token: int
+    label: int
+    image: int
+    audio_token: int
+    windows: tuple[int | None, ...]
+    width: int
+
+    def attention(self, lengths: np.ndarray, causal: bool) -> np.ndarray:
+        """FLOPs of attention inside documents of these lengths, any shape of int64, over all layers."""
+        pairs = np.zeros_like(lengths)
+        for window in set(self.windows):
+            pairs += self.windows.count(window) * count_pairs(lengths, causal, window)
+        return 4 * FORWARD_AND_BACKWARD * self.width * pairs
+
+
+def count_pairs(lengths: np.ndarray, causal: bool, window: int | None) -> np.ndarray:
+    """Pairs of a query and a key that it may see; a window holds a token itself and what is before it (and behind, without `causal`)."""
+    lengths = np.asarray(lengths, np.int64)
+    reach = lengths if window is None else np.minimum(lengths, window)
+    looking_back = reach * (reach + 1) // 2 + (lengths - reach) * reach
+    return looking_back if causal else 2 * looking_back - lengths
+
+
+def estimate_work(config: ModelConfig, vocab_size: int) -> Work:
+    """The work of a model, from its config alone: encoders are run once without data, on the meta device."""
+    trunk = config.transformer
+    rows = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    return Work(
+        token=2 * FORWARD_AND_BACKWARD * trunk_matrices(trunk),
+        label=2 * FORWARD_AND_BACKWARD * rows * trunk.width,
+        image=_encoder_work("image", config),
+        audio_token=_encoder_work("audio", config),
+        windows=tuple(trunk.layer_window(layer) for layer in range(trunk.depth)),
+        width=trunk.num_heads * trunk.head_width,
+    )
+
+
+def trunk_matrices(config: TransformerConfig) -> int:
+    """Parameters of the matrices that every token passes."""
+    heads = 2 * config.num_heads + 2 * config.kv_heads  # queries and output, keys and values
+    return config.depth * config.width * (heads * config.head_width + 3 * config.mlp_width)
+
+
+def _encoder_work(kind: str, config: ModelConfig) -> int:
+    """FLOPs of one picture, or of one embedding of sound."""
+    part = getattr(config, kind)
+    if part is None:
+        return 0
+    if getattr(part, "pretrained", False):
+        part = part.model_copy(update={"pretrained": False})  # shapes are enough
+    with torch.device("meta"):
+        encoder = ENCODERS[kind](part, config.transformer.width)
+    batch: MediaBatch = encoder.empty_batch("meta")  # type: ignore[operator]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        encoder(batch)
+    return FORWARD_AND_BACKWARD * counter.get_total_flops() // sum(batch.num_tokens if kind == "audio" else (1,))

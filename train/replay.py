@@ -1,0 +1,70 @@
+"""Any step of a run, rebuilt: `mmctx replay`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmctx.config import load_config
+from mmctx.datasets.assemble import RunData
+from mmctx.datasets.plan import Bin, Start
+from mmctx.errors import ConfigError
+from mmctx.fingerprint import bin_fingerprint, combine, show
+from mmctx.jsonl import read_lines
+from mmctx.pack import PackedBatch
+from mmctx.train.checkpoint import list_checkpoints, read_state
+from mmctx.train.config import RunConfig
+from mmctx.train.segments import Segment, open_segment, read_segments, segment_of
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """What one step read.
+
+    Attributes:
+        step: counted from 1, as in `metrics.jsonl`.
+        data: of the segment that the step belongs to.
+        bins: as planned.
+        batches: as fed to the model, one for each bin.
+    """
+
+    step: int
+    data: RunData
+    bins: list[Bin]
+    batches: list[PackedBatch]
+
+    @property
+    def fingerprint(self) -> str:
+        """As in `metrics.jsonl`."""
+        return show(combine(bin_fingerprint(number, batch) for number, batch in enumerate(self.batches)))
+
+
+def replay(where: Path, step: int, overrides: tuple[str, ...] = ()) -> GlobalBatch:
+    """The global batch of a step, from a run folder (with the segments that its newest checkpoint records) or a configuration.
+
+    Args:
+        where: a run folder, or a YAML file.
+        step: counted from 1: the batch that led to line `step` of `metrics.jsonl`.
+        overrides: changes of a configuration, such as `data.cache_mb=0`.
+
+    Raises:
+        ConfigError: `step` is less than 1.
+    """
+    if step < 1:
+        raise ConfigError(f"--step counts from 1, as in metrics.jsonl, found {step}")
+    is_run = where.is_dir()
+    config = load_config(RunConfig, where / "config.yaml" if is_run else where, overrides)
+    checkpoints = list_checkpoints(where) if is_run else []
+    if checkpoints:
+        segments = read_segments(read_state(checkpoints[-1]).segments, str(checkpoints[-1]))
+    else:
+        segments = [Segment(Start(), config.data, {})]
+    data, plan = open_segment(segment_of(segments, step - 1), config)
+    bins = plan.step(step - 1)
+    return GlobalBatch(step, data, bins, [data.dataset[bin] for bin in bins])
+
+
+def recorded_fingerprint(run_dir: Path, step: int) -> str | None:
+    """What `metrics.jsonl` says of a step, None where it has no line of it."""
+    lines = {line["step"]: line.get("batch_fingerprint") for line in read_lines(run_dir / "metrics.jsonl")}
+    return lines.get(step)

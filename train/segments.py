@@ -1,0 +1,181 @@
+"""Segments of a run's plan: a change of mix, context or bins, made by resuming with another configuration, begins a new one.
+
+Each is recorded in the checkpoint with where it starts, so that every step of a run can be found again, whatever was changed on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from math import ceil
+from typing import Any
+
+from mmctx.config import build_config
+from mmctx.datasets.assemble import RunData, build_data
+from mmctx.datasets.config import DataConfig
+from mmctx.datasets.plan import Plan, Start
+from mmctx.errors import CheckpointError, DataError
+from mmctx.train.config import RunConfig
+
+NO_CHANGE_OF_PLAN = ("num_workers", "prefetch", "cache_mb", "skip_budget", "tokenizer", "quarantine")
+"""Keys of `data` that no batch depends on, and files that are known by their content, as shards are."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of a run under one data configuration.
+
+    Attributes:
+        start: where it takes over.
+        data: its configuration.
+        fingerprints: content of the tokenizer and of each source, see `RunData.fingerprints`.
+        quarantine: fingerprint of what the quarantine file lists, empty without one.
+    """
+
+    start: Start
+    data: DataConfig
+    fingerprints: Mapping[str, str]
+    quarantine: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """For `trainer_state.json`."""
+        return {
+            "start": asdict(self.start),
+            "data": self.data.model_dump(mode="json"),
+            "fingerprints": dict(self.fingerprints),
+            "quarantine": self.quarantine,
+        }
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any], where: str) -> Segment:
+        """What `to_json` gave."""
+        start = Start(
+            step=tree["start"]["step"],
+            drawn=tree["start"]["drawn"],
+            carried=tuple((name, sample, epoch) for name, sample, epoch in tree["start"]["carried"]),
+        )
+        data = build_config(DataConfig, tree["data"], where)
+        return cls(start, data, tree["fingerprints"], tree["quarantine"])
+
+
+def continue_segments(
+    earlier: list[Segment], step: int, config: RunConfig, data: RunData, where: str, say: Callable[[str], None]
+) -> list[Segment]:
+    """The segments of a run that goes on at `step` under `config`: the earlier ones, and a new one where the plan would change.
+
+    Raises:
+        CheckpointError: the tokenizer or the shards of a source are not those that the run has read so far.
+    """
+    now = Segment(Start(), config.data, data.fingerprints, data.quarantine)
+    if not earlier:
+        return [now]
+    last = earlier[-1]
+    _check_content(last.fingerprints, now.fingerprints, where)
+    changes = _changes(last, now)
+    if not changes:
+        return earlier
+    start = _take_over(last, step, config, data)
+    say(f"the data changed: a new segment of the plan begins at step {step}")
+    for change in changes:
+        say(f"  {change}")
+    kept = [segment for segment in earlier if segment.start.step < step]  # one that has not made a step yet is replaced
+    return [*kept, replace(now, start=start)]
+
+
+def segment_of(segments: list[Segment], step: int) -> Segment:
+    """The segment that global step `step` (counted from 0) belongs to."""
+    return [segment for segment in segments if segment.start.step <= step][-1]
+
+
+def open_segment(segment: Segment, config: RunConfig, data: RunData | None = None) -> tuple[RunData, Plan]:
+    """Data and plan of a segment; `data` spares opening it where it is the current one's."""
+    if data is None or data.config is not segment.data:
+        data = build_data(segment.data, segment.data.sources, config.model, config.objectives, config.train.seed)
+    return data, Plan(segment.data, data.tables, config.train.seed, segment.start)
+
+
+def _check_content(before: Mapping[str, str], now: Mapping[str, str], where: str) -> None:
+    for name in sorted(before.keys() & now.keys()):
+        if before[name] != now[name]:
+            what = f"data.sources.{name}: its shards have" if name else "data.tokenizer: it has"
+            raise CheckpointError(
+                f"{what} fingerprint {now[name]}, in {where} {before[name]}: the same steps would read other samples. "
+                "Restore them, add new shards as a source of their own, or set run.name to start a new run."
+            )
+
+
+def _changes(before: Segment, now: Segment) -> list[str]:
+    """Lines that tell which keys differ, of those that a batch depends on."""
+    a, b = _planned(before.data), _planned(now.data)
+    lines = [f"data.{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+    if before.quarantine != now.quarantine:
+        lines.append(f"data.quarantine: content {before.quarantine or 'none'} -> {now.quarantine or 'none'}")
+    return lines
+
+
+def _planned(data: DataConfig) -> dict[str, Any]:
+    tree = data.model_dump(mode="json", exclude=set(NO_CHANGE_OF_PLAN))
+    flat = {key: value for key, value in tree.items() if key != "sources"}
+    for name, source in tree["sources"].items():
+        flat |= {f"sources.{name}.{key}": value for key, value in source.items() if key != "shards"}
+    return flat
+
+
+def _take_over(last: Segment, step: int, config: RunConfig, data: RunData) -> Start:
+    """Where a new segment begins: samples that the last one drew and did not read come first, then each source goes on in its epoch.
+
+    Where the sources have no weights and are not the same as before, or had weights, a new pass over all of them begins instead.
+    """
+    if step == last.start.step:
+        return last.start
+    before, plan = open_segment(last, config)
+    drawn = plan.draws(step - last.start.step)
+    sizes = {name: table.num_samples for name, table in data.tables.items()}
+    is_weighted = all(source.weight is not None for source in data.config.sources.values())
+    if plan.is_weighted and is_weighted:
+        kept = {name: count for name, count in drawn.items() if name in sizes}
+        return Start(step, kept, tuple(sample for sample in unread(plan, step) if sample[0] in sizes))
+    same_sources = {name: table.num_samples for name, table in before.tables.items()} == sizes
+    if not plan.is_weighted and not is_weighted and same_sources:
+        return Start(step, drawn, unread(plan, step))
+    sizes_before = {name: table.num_samples for name, table in before.tables.items()}
+    passes = max(
+        ceil(count / (sizes_before[name] if name else sum(sizes_before.values()))) for name, count in drawn.items()
+    )
+    if is_weighted:
+        return Start(step, {name: passes * size for name, size in sizes.items()})
+    return Start(step, {"": passes * sum(sizes.values())})
+
+
+def unread(plan: Plan, step: int) -> tuple[tuple[str, int, int], ...]:
+    """(source name, sample id, epoch) of samples that the window of `step` drew and none of its steps before `step` read a part of."""
+    place = (step - plan.start.step) % plan.window_steps
+    if place == 0:
+        return ()
+    first = step - place
+    read = _units(plan, range(first, step))
+    later = _units(plan, range(step, first + plan.window_steps))
+    return tuple(
+        (plan.names[source], sample, epoch) for source, sample, epoch in later if (source, sample, epoch) not in read
+    )
+
+
+def _units(plan: Plan, steps: Iterable[int]) -> dict[tuple[int, int, int], None]:
+    """(source number, sample id, epoch) that some steps read, each once, in order."""
+    return dict.fromkeys(sample[:3] for step in steps for bin in plan.step(step) for sample in bin.samples)
+
+
+def read_segments(trees: list[Any], where: str) -> list[Segment]:
+    """The segments that a checkpoint records.
+
+    Raises:
+        CheckpointError: it records none: it was written by an earlier version.
+    """
+    if not trees:
+        raise CheckpointError(
+            f"{where} records no plan: an older mmctx wrote it and planned otherwise; set run.name to start a new run"
+        )
+    try:
+        return [Segment.from_json(tree, where) for tree in trees]
+    except (KeyError, TypeError, ValueError, DataError) as error:
+        raise CheckpointError(f"{where}: its segments cannot be read ({error!r})") from None
