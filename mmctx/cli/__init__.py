@@ -23,7 +23,8 @@ app.add_typer(data_app, name="data")
 
 for name, command in {"train": runs.train, "eval": runs.evaluate, "plan": runs.plan, "doctor": runs.doctor}.items():
     app.command(name)(command)
-for name, command in {"build": build.data_build, "index": data.data_index}.items():
+data_app.add_typer(build.app, name="build")
+for name, command in {"index": data.data_index}.items():
     data_app.command(name)(command)
 
 
