@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmctx.datasets.build.members import LeftOut, Members, Rendered
-from mmctx.datasets.contents import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, parse_segments
+from mmctx.datasets.contents import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, Segment, parse_segments
 from mmctx.errors import SampleError
 
 _AHEAD = 8  # items a worker may be ahead of the shard: enough to keep it busy, few enough to hold in memory
@@ -146,13 +146,19 @@ def count_contents(members: Members) -> dict[str, int]:
     if "txt" in members:
         texts = [bytes(members["txt"]).decode("utf-8", "replace")]  # type: ignore[arg-type]
     elif "json" in members:
-        segments = parse_segments(json.loads(members["json"])) or ()
-        texts = [segment.value for segment in segments if segment.kind == "text"]
+        texts = [segment.value for segment in _segments(members["json"]) if segment.kind == "text"]
     return {
         "pictures": sum(kind in IMAGE_EXTENSIONS for kind in kinds),
         "clips": sum(kind in AUDIO_EXTENSIONS for kind in kinds),
         "words": sum(len(text.split()) for text in texts),
     }
+
+
+def _segments(data: str | bytes) -> list[Segment]:
+    try:
+        return parse_segments(json.loads(data)) or []
+    except SampleError:  # a sample that was taken over as it is; the index will say what is wrong with it
+        return []
 
 
 def add_tally(totals: dict[str, int], counts: Mapping[str, int]) -> None:

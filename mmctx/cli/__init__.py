@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from mmctx.cli import build, data, runs
+from mmctx.cli import build, convert, data, runs
 from mmctx.errors import MmctxError
 
 app = typer.Typer(
@@ -24,7 +24,7 @@ app.add_typer(data_app, name="data")
 for name, command in {"train": runs.train, "eval": runs.evaluate, "plan": runs.plan, "doctor": runs.doctor}.items():
     app.command(name)(command)
 data_app.add_typer(build.app, name="build")
-for name, command in {"index": data.data_index}.items():
+for name, command in {"convert": convert.data_convert, "index": data.data_index}.items():
     data_app.command(name)(command)
 
 
