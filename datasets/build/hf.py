@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from mmctx.datasets.build.members import LeftOut
-from mmctx.datasets.build.rows import Row, columns, hf_features, read_rows, stamp
+from mmctx.datasets.build.rows import Row, columns, count_rows, hf_features, read_rows, stamp
 from mmctx.datasets.build.stream import Item
-from mmctx.datasets.build.table import Columns, feature_type, render_row, row_item
+from mmctx.datasets.build.table import Columns, by_type, feature_type, render_row, row_item
 from mmctx.datasets.build.writer import BuildOptions, Source, build_shards
 from mmctx.errors import DataError, SampleError
 
@@ -35,7 +35,7 @@ def build_hf(
     """
     data = _Parquet(folder) if _is_parquet(folder) else _Saved(folder)
     types = {name: feature_type(feature) for name, feature in data.features.items()}
-    chosen = _by_type(chosen or Columns(), types).check(data.columns, str(folder))
+    chosen = by_type(chosen or Columns(), types).check(data.columns, str(folder))
     labels = {
         name: f["names"] for name, f in data.features.items() if types[name] == "ClassLabel" and isinstance(f, dict)
     }
@@ -104,7 +104,7 @@ class _Parquet:
         self.features = hf_features(self.files[0])
         self.columns = columns(self.files[0])
         self.splits = tuple(self._paths)
-        self.sizes = dict.fromkeys(self._paths, 0)
+        self.sizes = {name: count_rows(paths) for name, paths in self._paths.items()}
 
     def rows(self, split: str, start: int) -> Iterator[Row | SampleError]:
         return (row for _, _, row in read_rows(self._paths[split], start))
@@ -115,15 +115,6 @@ def _is_parquet(folder: Path) -> bool:
         raise DataError(f"{folder}: no such folder")
     saved = any((folder / name).exists() for name in ("dataset_info.json", "dataset_dict.json", "state.json"))
     return not saved and any(True for _ in itertools.islice(folder.rglob("*.parquet"), 1))
-
-
-def _by_type(chosen: Columns, types: Mapping[str, str | None]) -> Columns:
-    def first(kind: str) -> str | None:
-        return next((name for name, found in types.items() if found == kind), None)
-
-    return Columns(
-        image=chosen.image or first("Image"), audio=chosen.audio or first("Audio"), text=chosen.text, key=chosen.key
-    )
 
 
 def _named(row: Row, labels: Mapping[str, list[str]]) -> Row:

@@ -79,6 +79,19 @@ class Manifest:
                 self.files = record.pop("files")
                 self.header = record
 
+    def claim(self, **identity: Any) -> None:
+        """Notes what is built here, such as ``kind``; nothing of another build is overwritten, for its data may be gone.
+
+        Raises:
+            DataError: the folder holds files of a build with another identity.
+        """
+        found = {key: self.header.get(key) for key in identity}
+        if self.files and found != identity:
+            before = " ".join(str(value) for value in found.values() if value) or "another build"
+            now = " ".join(str(value) for value in identity.values() if value) or "this build"
+            raise DataError(f"{self.root}: holds {before}, not {now}; choose another folder or remove this one")
+        self.header = {key: value for key, value in identity.items() if value is not None}
+
     def is_whole(self, name: str, recipe: Any) -> bool:
         """True if the file ``name`` (relative to the root) is there, unharmed and made by ``recipe``."""
         known, path = self.files.get(name), self.root / name

@@ -5,9 +5,10 @@ from __future__ import annotations
 import base64
 import binascii
 import functools
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from mmctx.datasets.build.members import (
     plain_sample,
     safe_key,
 )
-from mmctx.datasets.build.rows import Row, columns, find_tables, hf_features, read_rows, stamp, table_suffix
+from mmctx.datasets.build.rows import Row, columns, count_rows, find_tables, hf_features, read_rows, stamp, table_suffix
 from mmctx.datasets.build.stream import Item
 from mmctx.datasets.build.writer import BuildOptions, Source, build_shards
 from mmctx.errors import ConfigError, SampleError
@@ -30,7 +31,7 @@ TEXT_NAMES = ("text", "caption", "txt", "transcription", "transcript", "sentence
 """Columns that are taken where none is named."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Columns:
     """Which column is what; all others go into the ``json`` member.
 
@@ -39,12 +40,14 @@ class Columns:
         audio: clips, likewise.
         text: the text that becomes ``txt``.
         key: names the sample; file and row number by default.
+        group: rows with the same value are held out together, such as several captions of one picture.
     """
 
     image: str | None = None
     audio: str | None = None
     text: str | None = None
     key: str | None = None
+    group: str | None = None
 
     def check(self, present: Sequence[str], where: str) -> Columns:
         """These columns, those not named filled from the usual names.
@@ -56,7 +59,7 @@ class Columns:
             if column is not None and column not in present:
                 raise ConfigError(f"{where}: no column {column!r} for {name}; columns: {', '.join(present)}")
         usual = {"image": IMAGE_NAMES, "audio": AUDIO_NAMES, "text": TEXT_NAMES}
-        chosen: dict[str, str | None] = {"key": self.key}
+        chosen: dict[str, str | None] = {"key": self.key, "group": self.group}
         for name, names in usual.items():
             chosen[name] = getattr(self, name) or next((n for n in names if n in present), None)
         if not any(chosen[name] for name in usual):
@@ -105,6 +108,7 @@ def build_table(
         recipe=[stamp(paths), asdict(chosen), str(media_root)],
         items=items,
         render=functools.partial(render_row, columns=chosen),
+        total=count_rows(paths),
         facts={"columns": {name: column for name, column in asdict(chosen).items() if column}},
     )
     return build_shards(source, out, options or BuildOptions())
@@ -114,14 +118,16 @@ def with_hf_types(chosen: Columns, path: Path) -> Columns:
     """Columns that a Parquet file of the Hugging Face library marks as pictures and clips, where none is named."""
     if table_suffix(path) != ".parquet":
         return chosen
-    types = {name: feature_type(feature) for name, feature in hf_features(path).items()}
+    return by_type(chosen, {name: feature_type(feature) for name, feature in hf_features(path).items()})
+
+
+def by_type(chosen: Columns, types: Mapping[str, str | None]) -> Columns:
+    """The first columns of the types Image and Audio, where none is named."""
 
     def first(kind: str) -> str | None:
         return next((name for name, found in types.items() if found == kind), None)
 
-    return Columns(
-        image=chosen.image or first("Image"), audio=chosen.audio or first("Audio"), text=chosen.text, key=chosen.key
-    )
+    return replace(chosen, image=chosen.image or first("Image"), audio=chosen.audio or first("Audio"))
 
 
 def feature_type(feature: Any) -> str | None:
@@ -142,7 +148,8 @@ def row_item(row: Row, chosen: Columns, fallback: str, media_root: str, split: s
             line = LeftOut(fallback, "bad_key", f"column {chosen.key!r} holds {value!r}")
             return Item(fallback, line, split=split)
         key = str(value)
-    return Item(safe_key(key), (row, media_root), split=split)
+    group = f"{chosen.group}={row.get(chosen.group)}" if chosen.group is not None else ""
+    return Item(safe_key(key), (row, media_root), group, split)
 
 
 def render_row(item: Item, columns: Columns) -> Rendered:
@@ -190,14 +197,14 @@ def medium_of(cell: Any, kind: Literal["image", "audio"], column: str, media_roo
 
 
 def jsonable(value: Any) -> Any:
-    """What of a value a ``json`` member can hold: bytes inside are replaced by their number."""
+    """What of a value a ``json`` member can hold: bytes are replaced by their number, NaN and infinity by null."""
     if isinstance(value, bytes | bytearray | memoryview):
         return {"bytes_left_out": len(value)}
     if isinstance(value, Mapping):
         return {str(name): jsonable(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
         return [jsonable(entry) for entry in value]
-    return value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def key_prefixes(paths: Sequence[Path]) -> dict[Path, str]:

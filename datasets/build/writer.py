@@ -126,7 +126,8 @@ class _Build:
 
     def run(self) -> dict[str, Any]:
         started = time.perf_counter()
-        self._claim_folder()
+        self.manifest.claim(kind=self.source.kind, origin=self.source.origin)
+        self.out.mkdir(parents=True, exist_ok=True)
         files = self.manifest.files
         valid = {name for name, f in files.items() if f["recipe"] == self._fingerprint(name, f.get("start", -1))}
         self.ledger = Ledger(self.out, valid)
@@ -134,18 +135,6 @@ class _Build:
             for split in self.splits:
                 self._build_split(split)
         return self._finish(time.perf_counter() - started)
-
-    def _claim_folder(self) -> None:
-        """Nothing of another build is overwritten or deleted, because it may have been made of data that is gone."""
-        header = {"kind": self.source.kind, "origin": self.source.origin}
-        found = {key: self.manifest.header.get(key) for key in header}
-        if self.manifest.files and found != header:
-            before, now = (f"{h['kind']} from {h['origin']}" for h in (found, header))
-            raise DataError(
-                f"{self.out}: holds a build of {before}, not {now}; choose another folder or remove this one"
-            )
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.manifest.header = header
 
     def _fingerprint(self, name: str, start: int) -> str:
         return fingerprint(self._shard_recipe(name.partition("/")[0], start))

@@ -21,6 +21,7 @@ ImageColumn = Annotated[str | None, typer.Option(help="Column of pictures: paths
 AudioColumn = Annotated[str | None, typer.Option(help="Column of clips, likewise.")]
 TextColumn = Annotated[str | None, typer.Option(help="Column of the text.")]
 KeyColumn = Annotated[str | None, typer.Option(help="Column that names the samples; row numbers by default.")]
+GroupColumn = Annotated[str | None, typer.Option(help="Rows with the same value here are held out together.")]
 
 
 class Kinds(TyperGroup):
@@ -98,6 +99,7 @@ def from_table(
     audio_column: AudioColumn = None,
     text_column: TextColumn = None,
     key_column: KeyColumn = None,
+    group_column: GroupColumn = None,
     media_root: Annotated[Path | None, typer.Option(help="Folder that paths are relative to; the table's own.")] = None,
     heldout: Heldout = 0.0,
     per_shard: PerShard = 1000,
@@ -108,7 +110,7 @@ def from_table(
     """Tables whose columns hold texts and media; other columns go into the json member."""
     from mmctx.datasets.build.table import Columns, build_table
 
-    chosen = Columns(image=image_column, audio=audio_column, text=text_column, key=key_column)
+    chosen = Columns(image_column, audio_column, text_column, key_column, group_column)
     limits = (heldout, per_shard, shard_mb, workers)
     run(build_table, as_json, limits, sources=sources, out=out, chosen=chosen, media_root=media_root)
 
@@ -121,6 +123,7 @@ def hf(
     audio_column: AudioColumn = None,
     text_column: TextColumn = None,
     key_column: KeyColumn = None,
+    group_column: GroupColumn = None,
     heldout: Heldout = 0.0,
     per_shard: PerShard = 1000,
     shard_mb: ShardMb = 256,
@@ -131,7 +134,7 @@ def hf(
     from mmctx.datasets.build.hf import build_hf
     from mmctx.datasets.build.table import Columns
 
-    chosen = Columns(image=image_column, audio=audio_column, text=text_column, key=key_column)
+    chosen = Columns(image_column, audio_column, text_column, key_column, group_column)
     run(build_hf, as_json, (heldout, per_shard, shard_mb, workers), folder=source, out=out, chosen=chosen)
 
 

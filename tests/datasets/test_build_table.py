@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import csv
+import datetime
 import gzip
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +163,31 @@ def test_heldout_rows_and_workers(tmp_path: Path, rows) -> None:
         assert sum(summary["counts"].values()) == 8
         assert min(summary["counts"].values()) > 0
     assert contents(tmp_path / "out1") == contents(tmp_path / "out2")
+
+
+def test_rows_of_one_group_are_held_out_together(tmp_path: Path, tokenizer) -> None:
+    rows = [{"text": f"caption {n}", "album": f"a{n % 10}"} for n in range(40)]
+    table = write_table(tmp_path / "x.jsonl", rows)
+    options = BuildOptions(num_workers=1, heldout=0.5)
+    build_table([table], tmp_path / "out", Columns(group="album"), options=options)
+    albums = []
+    for split in ("train", "heldout"):
+        found = read_back(shards_of(tmp_path / "out", split), tokenizer, ("txt", "json:album"))
+        albums.append({tokenizer.decode(sample.texts[1]) for sample in found.values()})
+    assert albums[0]
+    assert albums[1]
+    assert not albums[0] & albums[1]
+
+
+def test_what_json_cannot_hold(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    day = datetime.date(2024, 2, 29)
+    row = {"text": "x", "nan": float("nan"), "day": day, "list": [{"raw": b"abc", "n": 1}]}
+    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist([row]), tmp_path / "x.parquet")
+    build_table([tmp_path / "x.parquet"], tmp_path / "out", options=OPTIONS)
+    with tarfile.open(shards_of(tmp_path / "out")[0]) as tar:
+        facts = json.load(tar.extractfile("x-00000000.json"))  # type: ignore[arg-type]
+    assert facts == {"nan": None, "day": "2024-02-29", "list": [{"raw": {"bytes_left_out": 3}, "n": 1}]}
 
 
 @pytest.mark.parametrize(
