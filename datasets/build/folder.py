@@ -20,6 +20,7 @@ from mmctx.errors import ConfigError, DataError, SampleError
 CAPTION_TABLES = ("captions", "metadata")
 """Names, without their suffix, of tables of captions; ``metadata`` is that of Hugging Face's ImageFolder and AudioFolder."""
 
+# Formats that are copied as they are, in the order in which one is preferred to another.
 _ORDER = {extension: place for place, extension in enumerate((*IMAGE_EXTENSIONS, *AUDIO_EXTENSIONS))}
 _HINTS = {
     "m4a": "convert it: ffmpeg -i x.m4a x.flac",
@@ -80,6 +81,7 @@ def build_folder(
         items=listed(mix(items)),
         render=render_pieces,
         total=len(items),
+        costly=any(path.suffix[1:].lower() not in _ORDER for path in files.media),
         left_out=files.left_out,
     )
     return build_shards(source, out, options or BuildOptions())
@@ -88,7 +90,14 @@ def build_folder(
 def _scan(folder: Path, out: Path) -> _Files:
     """Sorts all files by what their names promise. Shards that lie inside the folder are not read."""
     files = _Files()
+    seen: set[str] = set()
     for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:  # a link to a folder that is read already, perhaps to one it lies in
+            files.left_out.append(LeftOut(_name(folder, Path(parent)), "linked", "read under another name"))
+            folders.clear()
+            continue
+        seen.add(real)
         hidden = [name for name in folders if name.startswith(".")]
         files.left_out += [LeftOut(_name(folder, Path(parent, h)), "hidden", "a hidden folder") for h in hidden]
         folders[:] = sorted(n for n in folders if n not in hidden and Path(parent, n).resolve() != out.resolve())
@@ -101,6 +110,10 @@ def _sort_in(folder: Path, path: Path, files: _Files) -> None:
     suffix = path.suffix[1:].lower()
     if path.name.startswith("."):
         files.left_out.append(LeftOut(_name(folder, path), "hidden", "a hidden file"))
+    elif not path.is_file():
+        files.left_out.append(
+            LeftOut(_name(folder, path), "unreadable_file", "a link that leads nowhere, or no plain file")
+        )
     elif table_suffix(path) not in (None, ".json") and path.name.partition(".")[0].lower() in CAPTION_TABLES:
         files.tables.append(path)
     elif kind_of(path.name):
@@ -217,6 +230,8 @@ def _decode(path: Path) -> str:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise SampleError("bad_text", f"{path.name}: {error}") from None
+    except OSError as error:
+        raise SampleError("unreadable_file", f"{path.name}: {error.strerror}") from None
 
 
 def _load_json(path: Path) -> Any:
@@ -227,12 +242,10 @@ def _load_json(path: Path) -> Any:
 
 
 def _is_document(path: Path) -> bool:
-    if b'"segments"' not in path.read_bytes():
-        return False
     try:
         return parse_segments(_load_json(path)) is not None
-    except SampleError:
-        return True  # it wants to be one; rendering says what is wrong
+    except SampleError as error:
+        return "segment" in error.detail  # it wants to be one; rendering says what is wrong with it
 
 
 def _document_media(path: Path) -> list[Path]:

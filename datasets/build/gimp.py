@@ -22,7 +22,7 @@ Unit = Literal["page", "chapter"]
 _FURNITURE = ("navheader", "navfooter", "toc")  # links to other pages
 _BEGINS_CHAPTER = ("chapter", "appendix", "preface", "glossary", "bibliography", "part", "reference")
 _NO_PROSE = ("book", "index")  # a table of contents and a list of page names
-_BADGES = tuple(f"images/{name}.png" for name in ("note", "tip", "warning", "caution", "important"))
+_BADGES = frozenset(f"images/{name}.png" for name in ("note", "tip", "warning", "caution", "important"))
 
 
 class _Chapter(NamedTuple):
@@ -101,13 +101,14 @@ def _render(item: Item) -> Rendered:
     parts: list[str | Medium | LeftOut] = []
     badges: Counter[str] = Counter()
     for name in names:
+        after_badge = False
         for part in _read(Path(folder, name)).parts:
-            if isinstance(part, Picture) and part.source in _BADGES:
-                badges[part.source] += 1
-            elif isinstance(part, Picture):
+            if isinstance(part, str):
+                parts.append(part.lstrip(" ") if after_badge else part)
+            elif part.source not in _BADGES:
                 parts.append(Medium("image", part.source, path=str(Path(folder, part.source))))
-            else:
-                parts.append(part)
+            after_badge = isinstance(part, Picture) and part.source in _BADGES
+            badges.update([part.source] if after_badge else [])
         parts.append("\n\n")
     parts += [LeftOut(item.key, "ornament", f"{badge}, {count} times") for badge, count in sorted(badges.items())]
     return interleaved_sample(item.key, parts, {"chapter": chapter, "pages": names})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from mmctx.datasets.build.members import LeftOut
@@ -64,7 +64,6 @@ def _line(shard: str, line: LeftOut) -> str:
     return json.dumps({"shard": shard or None, **line._asdict()}) + "\n"
 
 
-def shown(lines: Sequence[LeftOut] | dict[str, int]) -> str:
+def shown(counts: dict[str, int]) -> str:
     """Counts as ``missing_file 3, empty 1``."""
-    counts = lines if isinstance(lines, dict) else Counter(line.reason for line in lines)
     return ", ".join(f"{reason} {count}" for reason, count in counts.items()) or "nothing"

@@ -129,7 +129,8 @@ def image_member(data: bytes) -> tuple[str, bytes]:
         with Image.open(io.BytesIO(data)) as image:
             kind = image.format or "?"
             if kind in _IMAGE_MEMBERS:
-                image_size(io.BytesIO(data))  # as the index will: a limit it has is better met now
+                if kind not in IMAGE_FORMATS:
+                    image_size(io.BytesIO(data))  # as the index will read it
                 return _IMAGE_MEMBERS[kind], data
             if image.mode == "F" or image.mode == "I":
                 raise SampleError("unsupported_format", f"{kind} of mode {image.mode}: more than 16 bits a channel")

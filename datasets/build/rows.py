@@ -54,8 +54,12 @@ def find_tables(sources: Sequence[Path]) -> list[Path]:
     return found
 
 
-def read_rows(paths: Sequence[Path], start: int = 0) -> Iterator[tuple[Path, int, Row | SampleError]]:
+def read_rows(
+    paths: Sequence[Path], start: int = 0, quotes: bool = True
+) -> Iterator[tuple[Path, int, Row | SampleError]]:
     """(file, number in the file, row) of all rows of all files from row `start` on; a broken row is a `SampleError`.
+
+    Without `quotes`, quotes in CSV and TSV files are letters like others.
 
     Raises:
         DataError: a file cannot be read.
@@ -65,14 +69,14 @@ def read_rows(paths: Sequence[Path], start: int = 0) -> Iterator[tuple[Path, int
             file = _open_parquet(path)
             rows, skipped = _parquet_rows(file, start), min(start, file.metadata.num_rows)
         else:
-            rows, skipped = _text_rows(path), 0
+            rows, skipped = _text_rows(path, quotes), 0
             if start:  # rows must be walked over: quotes may hold line ends
                 skipped = sum(1 for _ in itertools.islice(rows, start))
         start -= skipped
         yield from ((path, number, row) for number, row in enumerate(rows, skipped))
 
 
-def columns(path: Path) -> list[str]:
+def columns(path: Path, quotes: bool = True) -> list[str]:
     """Names of a table's columns; of a JSON-lines file, those of its first row.
 
     Raises:
@@ -80,7 +84,7 @@ def columns(path: Path) -> list[str]:
     """
     if table_suffix(path) == ".parquet":
         return list(_open_parquet(path).schema_arrow.names)
-    for _, _, row in read_rows([path]):
+    for _, _, row in read_rows([path], quotes=quotes):
         if isinstance(row, dict):
             return list(row)
     raise DataError(f"{path}: holds no row that can be read")
@@ -140,21 +144,23 @@ def _parquet_rows(file: Any, start: int) -> Iterator[Row]:
         yield from itertools.islice((row for batch in batches for row in batch.to_pylist()), start, None)
 
 
-def _text_rows(path: Path) -> Iterator[Row | SampleError]:
+def _text_rows(path: Path, quotes: bool) -> Iterator[Row | SampleError]:
     suffix = table_suffix(path)
     try:
         with _open_text(path) as file:
             if suffix == ".json":
                 yield from _json_rows(file, path)
             elif suffix in (".csv", ".tsv"):
-                yield from _csv_rows(file, "," if suffix == ".csv" else "\t", path)
+                yield from _csv_rows(file, "," if suffix == ".csv" else "\t", quotes, path)
             else:
                 for line in file:
                     if line.strip():
                         yield _json_row(line)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (UnicodeDecodeError, csv.Error, zipfile.BadZipFile, EOFError) as error:
+    except csv.Error as error:
+        raise DataError(f"{path}: {error}; if its quotes are letters like others, say --no-quotes") from None
+    except (UnicodeDecodeError, zipfile.BadZipFile, EOFError) as error:
         raise DataError(f"{path}: cannot be read ({error}); write it again as UTF-8") from None
 
 
@@ -178,9 +184,10 @@ def _json_rows(file: IO[str], path: Path) -> Iterator[Row | SampleError]:
         )
 
 
-def _csv_rows(file: IO[str], delimiter: str, path: Path) -> Iterator[Row | SampleError]:
+def _csv_rows(file: IO[str], delimiter: str, quotes: bool, path: Path) -> Iterator[Row | SampleError]:
     csv.field_size_limit(1 << 30)
-    reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+    quoting = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
+    reader = csv.DictReader(file, delimiter=delimiter, quoting=quoting, strict=True)
     if not reader.fieldnames:
         raise DataError(f"{path}: expected column names in the first line, found none")
     width = len(reader.fieldnames)

@@ -87,6 +87,7 @@ def build_stamps(
         items=listed(items),
         render=functools.partial(_render, image_size=image_size),
         total=len(items),
+        costly=True,
         left_out=left_out,
         facts={
             "stamps": len({item.payload[0].name for item in items}),

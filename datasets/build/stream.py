@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -42,22 +41,21 @@ OrderedMap = Callable[[Render, Iterable[Numbered]], Iterator[tuple[int, Rendered
 
 
 @contextmanager
-def ordered_map(num_workers: int | None) -> Iterator[OrderedMap]:
-    """Renders numbered items in `num_workers` processes (None: one a core), results in order and never far ahead."""
-    workers = os.cpu_count() or 1 if num_workers is None else num_workers
-    if workers <= 1:
+def ordered_map(num_workers: int) -> Iterator[OrderedMap]:
+    """Renders numbered items in `num_workers` processes (1: in this one), results in order and never far ahead."""
+    if num_workers <= 1:
         yield lambda render, items: (_render(render, item) for item in items)
         return
     # Spawned, because the parent may hold threads of torch. The pool starts with its first item: a build that skips
     # everything waits for nothing.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context) as pool:
+    with ProcessPoolExecutor(num_workers, context) as pool:
 
         def rendered(render: Render, items: Iterable[Numbered]) -> Iterator[tuple[int, Rendered]]:
             waiting: deque[Future[tuple[int, Rendered]]] = deque()
             for item in items:
                 waiting.append(pool.submit(_render, render, item))
-                if len(waiting) >= workers * _AHEAD:
+                if len(waiting) >= num_workers * _AHEAD:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

@@ -76,6 +76,7 @@ def build_table(
     chosen: Columns | None = None,
     *,
     media_root: Path | None = None,
+    quotes: bool = True,
     options: BuildOptions | None = None,
 ) -> dict[str, Any]:
     """Shards from tables of one shape, in their order; see `build_shards` for what is written.
@@ -84,18 +85,19 @@ def build_table(
         sources: tables, or folders of tables.
         chosen: which column is what.
         media_root: folder that paths are relative to; that of the table by default.
+        quotes: of CSV and TSV files: a cell may stand in quotes. Tables without that rule have texts that begin with one.
 
     Raises:
         DataError: a table cannot be read, or nothing in it can be used.
         ConfigError: a column is not there.
     """
     paths = find_tables(sources)
-    chosen = with_hf_types(chosen or Columns(), paths[0]).check(columns(paths[0]), str(paths[0]))
+    chosen = with_hf_types(chosen or Columns(), paths[0]).check(columns(paths[0], quotes), str(paths[0]))
 
     prefixes = key_prefixes(paths)
 
     def items(split: str, start: int) -> Iterator[Item]:
-        for path, number, row in read_rows(paths, start):
+        for path, number, row in read_rows(paths, start, quotes):
             where = f"{path}#{number}"
             if isinstance(row, SampleError):
                 yield Item(where, LeftOut(where, row.reason, row.detail))
@@ -105,7 +107,7 @@ def build_table(
     source = Source(
         kind="table",
         origin=", ".join(str(path.absolute()) for path in sources),
-        recipe=[stamp(paths), asdict(chosen), str(media_root)],
+        recipe=[stamp(paths), asdict(chosen), ascii(media_root), quotes],
         items=items,
         render=functools.partial(render_row, columns=chosen),
         total=count_rows(paths),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ class Source:
         render: item -> its members; must be picklable, runs in workers. A `SampleError` leaves the item out.
         total: number of items, 0 where it is not known before they are read.
         splits: where the set itself has splits, their names.
+        costly: rendering draws or converts, so that several processes are faster than one; copying is not worth them.
         left_out: what was seen to be unusable before there were items.
         facts: of the whole set, for the summary.
     """
@@ -50,6 +52,7 @@ class Source:
     render: Callable[[Item], Rendered]
     total: int = 0
     splits: tuple[str, ...] = ()
+    costly: bool = False
     left_out: Sequence[LeftOut] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
 
@@ -62,7 +65,8 @@ class BuildOptions:
         heldout: share of the samples that goes to ``heldout/`` instead of ``train/``, by a hash of their group.
         samples_per_shard: most samples of a shard.
         shard_mb: most MiB of members of a shard; a larger single sample has one for itself.
-        num_workers: processes that read and convert; all cores by default, 1 for none but this one.
+        num_workers: processes that read and convert, 1 for none but this one; by default all cores where media must be
+            drawn or converted, else 1.
         progress: called as ``progress(split, done, total)``.
     """
 
@@ -131,7 +135,8 @@ class _Build:
         files = self.manifest.files
         valid = {name for name, f in files.items() if f["recipe"] == self._fingerprint(name, f.get("start", -1))}
         self.ledger = Ledger(self.out, valid)
-        with ordered_map(self.options.num_workers) as self.map:
+        workers = self.options.num_workers or ((os.cpu_count() or 1) if self.source.costly else 1)
+        with ordered_map(workers) as self.map:
             for split in self.splits:
                 self._build_split(split)
         return self._finish(time.perf_counter() - started)

@@ -13,7 +13,9 @@ from mmctx.cli.common import Json, print_answer, progress_bars, table
 from mmctx.errors import MmctxError
 
 Out = Annotated[Path, typer.Argument(help="Folder of the shards.")]
-Workers = Annotated[int | None, typer.Option(help="Processes; one for each core by default.")]
+Workers = Annotated[
+    int | None, typer.Option(help="Processes; by default one a core where media are drawn or converted.")
+]
 Heldout = Annotated[float, typer.Option(help="Share of the samples that goes to heldout/, by a hash of their keys.")]
 PerShard = Annotated[int, typer.Option(help="Most samples of a shard.")]
 ShardMb = Annotated[int, typer.Option(help="Most MiB of a shard.")]
@@ -101,6 +103,7 @@ def from_table(
     key_column: KeyColumn = None,
     group_column: GroupColumn = None,
     media_root: Annotated[Path | None, typer.Option(help="Folder that paths are relative to; the table's own.")] = None,
+    quotes: Annotated[bool, typer.Option(help="Cells of CSV and TSV files may stand in quotes.")] = True,
     heldout: Heldout = 0.0,
     per_shard: PerShard = 1000,
     shard_mb: ShardMb = 256,
@@ -112,7 +115,8 @@ def from_table(
 
     chosen = Columns(image_column, audio_column, text_column, key_column, group_column)
     limits = (heldout, per_shard, shard_mb, workers)
-    run(build_table, as_json, limits, sources=sources, out=out, chosen=chosen, media_root=media_root)
+    arguments = {"chosen": chosen, "media_root": media_root, "quotes": quotes}
+    run(build_table, as_json, limits, sources=sources, out=out, **arguments)
 
 
 @app.command()

@@ -131,6 +131,26 @@ def test_every_file_that_goes_missing_is_accounted_for(folder: Path, tmp_path: P
     assert sum(summary["left_out"].values()) == len(lines)
 
 
+def test_links_are_followed_once(folder: Path, tmp_path: Path) -> None:
+    (folder / "deep" / "a.png").write_bytes(encode_image(random_pixels(1, 4, 4), "PNG"))
+    (folder / "deep" / "a.txt").write_text("a")
+    (folder / "deep" / "up").symlink_to(folder)
+    (folder / "gone.png").symlink_to(folder / "nowhere.png")
+    summary = build_folder(folder, tmp_path / "out", options=OPTIONS)
+    assert summary["counts"] == {"train": 1}
+    reasons = {key: reason for key, (reason, _) in left_out(tmp_path / "out").items()}
+    assert reasons == {"deep/up": "linked", "gone.png": "unreadable_file"}
+
+
+@pytest.mark.parametrize("segments", [[{"video": "x"}], {}, []])
+def test_broken_documents_are_listed(folder: Path, tmp_path: Path, segments) -> None:
+    (folder / "a.png").write_bytes(encode_image(random_pixels(1, 4, 4), "PNG"))
+    (folder / "a.txt").write_text("a")
+    (folder / "story.json").write_text(json.dumps({"segments": segments}))
+    build_folder(folder, tmp_path / "out", options=OPTIONS)
+    assert left_out(tmp_path / "out")["story"][0] in ("bad_json", "empty")
+
+
 def test_names_that_are_no_unicode(folder: Path, tmp_path: Path, tokenizer) -> None:
     name = os.fsencode(folder) + b"/caf\xe9"
     try:

@@ -155,6 +155,15 @@ def test_a_csv_line_with_too_many_fields_is_listed(tmp_path: Path) -> None:
     assert details == ["line 3: expected 2 fields, found 3", "line 4: expected 2 fields, found 1"]
 
 
+def test_quotes_that_are_letters(tmp_path: Path, tokenizer) -> None:
+    (tmp_path / "x.tsv").write_text('text\tn\n"Hello," he said\t1\nsay "hi"\t2\n')
+    with pytest.raises(DataError, match="--no-quotes"):
+        build_table([tmp_path / "x.tsv"], tmp_path / "out", options=OPTIONS)
+    build_table([tmp_path / "x.tsv"], tmp_path / "out", quotes=False, options=OPTIONS)
+    found = read_back(shards_of(tmp_path / "out"), tokenizer)
+    assert [tokenizer.decode(s.texts[0]) for s in found.values()] == ['"Hello," he said', 'say "hi"']
+
+
 def test_heldout_rows_and_workers(tmp_path: Path, rows) -> None:
     table = write_table(tmp_path / "x.parquet", rows)
     for workers in (1, 2):
