@@ -91,7 +91,11 @@ def _scan(folder: Path, out: Path) -> _Files:
     """Sorts all files by what their names promise. Shards that lie inside the folder are not read."""
     files = _Files()
     seen: set[str] = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
+
+    def unreadable(error: OSError) -> None:
+        files.left_out.append(LeftOut(_name(folder, Path(error.filename)), "unreadable_file", str(error.strerror)))
+
+    for parent, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
         real = os.path.realpath(parent)
         if real in seen:  # a link to a folder that is read already, perhaps to one it lies in
             files.left_out.append(LeftOut(_name(folder, Path(parent)), "linked", "read under another name"))
@@ -124,8 +128,12 @@ def _sort_in(folder: Path, path: Path, files: _Files) -> None:
             detail = f"{sidecars[str(path.with_suffix(''))].name} is the {suffix} of this sample"
             files.left_out.append(LeftOut(_name(folder, path), "duplicate_member", detail))
     else:
-        hint = _HINTS.get(suffix, "neither picture, clip nor caption")
-        files.left_out.append(LeftOut(_name(folder, path), "unsupported_format", f".{suffix}: {hint}"))
+        files.left_out.append(_unsupported(_name(folder, path), path))
+
+
+def _unsupported(key: str, path: Path) -> LeftOut:
+    suffix = path.suffix[1:].lower()
+    return LeftOut(key, "unsupported_format", f".{suffix}: {_HINTS.get(suffix, 'neither picture, clip nor caption')}")
 
 
 def _sidecars(folder: Path, files: _Files) -> Iterator[Item]:
@@ -199,6 +207,9 @@ def _rows(folder: Path, files: _Files, text_column: str | None) -> Iterator[Item
             stem = _name(folder, Path(os.path.normpath(paths[0])).with_suffix(""))
             seen[stem] = seen.get(stem, 0) + 1
             key = stem if seen[stem] == 1 else f"{stem}~{seen[stem]}"  # a picture with several captions
+            if unknown := [p for p in paths if kind_of(p.name) is None]:
+                files.left_out.append(_unsupported(f"{where}: {_name(folder, unknown[0])}", unknown[0]))
+                continue
             media = tuple(Medium(kind_of(p.name) or "image", _name(folder, p), path=str(p)) for p in paths)
             used = {*media_columns, chosen}
             facts = {name: jsonable(value) for name, value in row.items() if name not in used and value is not None}

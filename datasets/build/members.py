@@ -175,8 +175,14 @@ def plain_sample(
     A medium that cannot be used takes the whole sample with it: half a pair teaches nothing.
     """
     members: Members = {"__key__": key}
+    kinds: dict[str, str] = {}
     try:
         for medium in media:
+            if medium.kind in kinds:
+                raise SampleError(
+                    "duplicate_member", f"expected one {medium.kind}, found {kinds[medium.kind]} and {medium.name}"
+                )
+            kinds[medium.kind] = medium.name
             extension, data = medium.member()
             members[extension] = data
     except SampleError as error:

@@ -103,7 +103,8 @@ def mix(items: Iterable[Item]) -> list[Item]:
 def build_shards(source: Source, out: Path, options: BuildOptions) -> dict[str, Any]:
     """Writes ``SPLIT/KIND-000000.tar``, ``build.json`` and ``left_out.jsonl`` in `out`; skips shards that are whole.
 
-    The bytes depend on the source and the limits of a shard, never on the number of workers.
+    The bytes depend on the source and the limits of a shard, never on the number of workers. A source that changed, were it
+    in one file, is built anew as a whole: where a shard ends depends on all that stands before it.
 
     Returns:
         A summary: ``counts`` of samples by split, ``pictures``, ``clips``, ``words``, ``bytes``, ``left_out`` by reason,
@@ -210,7 +211,7 @@ class _Build:
         totals: dict[str, int] = {}
         for name in self.planned:
             add_tally(totals, files[name]["tally"])
-        left_out = self.ledger.counts()
+        left_out, written = self.ledger.counts(), set(self.written)
         self.manifest.save(self.manifest.header | {"counts": counts, **totals, "left_out": left_out})
         return {
             "counts": counts,
@@ -219,7 +220,7 @@ class _Build:
             **self.source.facts,
             "left_out": left_out,
             "written": self.written,
-            "skipped": [name for name in self.planned if name not in self.written],
+            "skipped": [name for name in self.planned if name not in written],
             "deleted": deleted,
             "seconds": seconds,
         }

@@ -195,6 +195,21 @@ def test_a_table_of_captions(folder: Path, tmp_path: Path, tokenizer, form: str)
     assert reasons == {"gone": "missing_file", "unnamed.png": "no_text"}
 
 
+def test_rows_whose_files_do_not_fit(folder: Path, tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        (folder / name).write_bytes(encode_image(random_pixels(1, 4, 4), "PNG"))
+    lines = ["file_name,mask_file_name,text", "a.png,,good", "a.png,b.png,two pictures", "x.m4a,,song", ",,none"]
+    (folder / "captions.csv").write_text("\n".join(lines) + "\n")
+    summary = build_folder(folder, tmp_path / "out", options=OPTIONS)
+    assert summary["counts"] == {"train": 1}
+    reasons = {key: reason for key, (reason, _) in left_out(tmp_path / "out").items()}
+    assert reasons == {
+        "a~2": "duplicate_member",
+        "captions.csv#2: x.m4a": "unsupported_format",
+        "captions.csv#3": "no_media",
+    }
+
+
 def test_a_table_without_a_text_column_names_those_it_has(folder: Path, tmp_path: Path) -> None:
     (folder / "captions.csv").write_text("file_name,words\na.png,x\n")
     with pytest.raises(ConfigError, match=r"file_name, words.*--text-column"):
