@@ -112,6 +112,7 @@ class _Build:
             raise DataError(f"limit={arguments['limit']} leaves no training emoji; raise it")
         self.shards = plan_shards(emoji, arguments["samples_per_shard"])
         self.manifest = Manifest(out)
+        self.manifest.claim(kind=None)  # other builds name theirs
         self.versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
         self.planned: list[str] = []
         self.written: list[str] = []

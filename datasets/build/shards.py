@@ -69,13 +69,28 @@ class Manifest:
         self.root = root
         self.path = root / "build.json"
         self.files: dict[str, dict[str, Any]] = {}
+        self.header: dict[str, Any] = {}
         if self.path.exists():
             try:
                 record = json.loads(self.path.read_text())
             except ValueError:
                 record = {}  # cut short by a crash of the machine: everything is built again
-            if record.get("schema") == SCHEMA:
-                self.files = record["files"]
+            if record.pop("schema", None) == SCHEMA:
+                self.files = record.pop("files")
+                self.header = record
+
+    def claim(self, **identity: Any) -> None:
+        """Notes what is built here, such as ``kind``; nothing of another build is overwritten, for its data may be gone.
+
+        Raises:
+            DataError: the folder holds files of a build with another identity.
+        """
+        found = {key: self.header.get(key) for key in identity}
+        if self.files and found != identity:
+            before = " ".join(str(value) for value in found.values() if value) or "another build"
+            now = " ".join(str(value) for value in identity.values() if value) or "this build"
+            raise DataError(f"{self.root}: holds {before}, not {now}; choose another folder or remove this one")
+        self.header = {key: value for key, value in identity.items() if value is not None}
 
     def is_whole(self, name: str, recipe: Any) -> bool:
         """True if the file ``name`` (relative to the root) is there, unharmed and made by ``recipe``."""
@@ -88,16 +103,20 @@ class Manifest:
             and sha256(path) == known["sha256"]
         )
 
-    def record(self, name: str, recipe: Any, samples: int = 0) -> None:
-        """Remembers the file as it now stands, and saves, so that an interrupted build keeps what it has finished."""
+    def record(self, name: str, recipe: Any, samples: int = 0, **facts: Any) -> None:
+        """Remembers the file as it now stands, and saves, so that an interrupted build keeps what it has finished.
+
+        `facts` are whatever else is to be known of the file without reading it.
+        """
         path = self.root / name
         self.files[name] = {
             "size": path.stat().st_size,
             "sha256": sha256(path),
             "samples": samples,
             "recipe": fingerprint(recipe),
+            **facts,
         }
-        self.save({})
+        self.save(self.header)
 
     def drop_all_but(self, names: Iterable[str]) -> list[str]:
         """Deletes files of earlier builds that are not among ``names``; returns them. Other people's files are safe."""
@@ -109,8 +128,10 @@ class Manifest:
 
     def save(self, header: dict[str, Any]) -> None:
         """Writes ``build.json`` in one step: ``header`` and the files in order of name."""
+        self.header = header
         files = {name: self.files[name] for name in sorted(self.files)}
-        text = json.dumps({"schema": SCHEMA, **header, "files": files}, indent=1, ensure_ascii=False) + "\n"
+        record = {"schema": SCHEMA, **header, "files": files}
+        text = json.dumps(record, indent=1) + "\n"  # ASCII: a header may name files, whose names may be any bytes
         temporary = self.path.with_name(self.path.name + ".partial")
         temporary.write_text(text)
         temporary.replace(self.path)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from mmctx.cli import build, data, runs
+from mmctx.cli import build, convert, data, runs
 from mmctx.errors import MmctxError
 
 app = typer.Typer(
@@ -29,7 +29,8 @@ for name, command in {
     "doctor": runs.doctor,
 }.items():
     app.command(name)(command)
-for name, command in {"build": build.data_build, "index": data.data_index}.items():
+data_app.add_typer(build.app, name="build")
+for name, command in {"convert": convert.data_convert, "index": data.data_index}.items():
     data_app.command(name)(command)
 
 

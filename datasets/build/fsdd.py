@@ -1,0 +1,79 @@
+"""The Free Spoken Digit Dataset, with its own split: recordings 0 to 4 of each speaker and digit are the test."""
+
+from __future__ import annotations
+
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mmctx.datasets.build.members import LeftOut, Medium, Rendered, plain_sample
+from mmctx.datasets.build.rows import stamp
+from mmctx.datasets.build.stream import Item
+from mmctx.datasets.build.writer import BuildOptions, Source, build_shards, listed, mix
+from mmctx.errors import DataError
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+NUM_TEST = 5
+
+_NAME = re.compile(r"(?:^|/)((\d)_([a-z]+)_(\d+))\.wav$")
+
+
+def build_fsdd(out: Path, archive: Path, *, options: BuildOptions | None = None) -> dict[str, Any]:
+    """Shards ``train/`` and ``test/`` of (speech, word); see `build_shards` for what is written.
+
+    Args:
+        archive: the set as a tar, compressed or not, or the folder it unpacks to.
+
+    Raises:
+        DataError: it is not there, or holds no recording.
+    """
+    if not archive.exists():
+        raise DataError(f"{archive}: not found; fetch the Free Spoken Digit Dataset and name its archive or folder")
+    items: list[Item] = []
+    left_out: list[LeftOut] = []
+    for name, medium in _files(archive):
+        match = _NAME.search(name)
+        if match is None:
+            if name.endswith(".wav"):
+                left_out.append(LeftOut(name, "bad_name", "expected DIGIT_SPEAKER_NUMBER.wav"))
+            continue
+        key, digit, speaker, number = match[1], int(match[2]), match[3], int(match[4])
+        split = "test" if number < NUM_TEST else "train"
+        items.append(Item(key, (medium, digit, speaker, number), split=split))
+    if not items:
+        raise DataError(f"{archive}: holds no recording named DIGIT_SPEAKER_NUMBER.wav")
+    source = Source(
+        kind="fsdd",
+        origin=str(archive.absolute()),
+        recipe=stamp([archive]),
+        items=listed(mix(items)),
+        render=_render,
+        total=len(items),
+        splits=("train", "test"),
+        left_out=left_out,
+    )
+    return build_shards(source, out, options or BuildOptions())
+
+
+def _files(archive: Path) -> Iterator[tuple[str, Medium]]:
+    """All files; those of an archive are read now, because a compressed one gives no access to the middle."""
+    if archive.is_dir():
+        for path in sorted(archive.rglob("*.wav")):
+            yield path.name, Medium("audio", path.name, path=str(path))
+        return
+    try:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                file = tar.extractfile(member) if member.isfile() else None
+                if file is not None:
+                    yield member.name, Medium("audio", member.name, data=file.read())
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise DataError(f"{archive}: no readable tar archive ({error}); fetch it again") from None
+
+
+def _render(item: Item) -> Rendered:
+    medium, digit, speaker, number = item.payload
+    facts = {"digit": digit, "speaker": speaker, "number": number}
+    return plain_sample(item.key, [medium], WORDS[digit], facts)
