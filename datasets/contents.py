@@ -32,6 +32,12 @@ REASONS = (
     "empty",  # blank text, a clip of no samples, or nothing to train on at all
     "duplicate_member",  # two members with one extension, or two pictures where one is expected
     "duplicate_key",  # members of one sample do not stand next to each other
+    # From here on: found by `mmctx data check` alone, which decodes everything; known to a run by its quarantine list.
+    "oversized_image",
+    "oversized_audio",
+    "absurd_rate",
+    "over_long",
+    "placeholder_mismatch",
 )
 """Why a sample cannot be used. The position in this list is the code in an index: append only."""
 
@@ -209,7 +215,7 @@ def audio_size(file: BinaryIO) -> tuple[int, int]:
     """(samples per channel, sample rate in Hz) from the header.
 
     Raises:
-        SampleError: ``undecodable_audio``, ``empty`` for a clip of no samples.
+        SampleError: ``undecodable_audio``, ``empty`` for a clip of no samples, ``oversized_audio`` for 2**32 and more.
     """
     try:
         with soundfile.SoundFile(file) as clip:
@@ -218,6 +224,8 @@ def audio_size(file: BinaryIO) -> tuple[int, int]:
         raise SampleError("undecodable_audio", complaint(error)) from None
     if num_samples < 1:
         raise SampleError("empty", "the clip has 0 samples")
+    if num_samples >> 32:  # an index holds 32 bits, and only a damaged header claims more
+        raise SampleError("oversized_audio", f"the header claims {num_samples:,} samples")
     return num_samples, rate
 
 

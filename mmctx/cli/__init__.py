@@ -18,12 +18,12 @@ from mmctx.errors import MmctxError
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Multimodal long-context training.", rich_markup_mode=None
 )
-data_app = typer.Typer(no_args_is_help=True, help="Build and index shards.", rich_markup_mode=None)
+data_app = typer.Typer(no_args_is_help=True, help="Build, index, check and look at shards.", rich_markup_mode=None)
 app.add_typer(data_app, name="data")
 
 for name, command in {"train": runs.train, "eval": runs.evaluate, "plan": runs.plan, "doctor": runs.doctor}.items():
     app.command(name)(command)
-for name, command in {"build": build.data_build, "index": data.data_index}.items():
+for name, command in {"build": build.data_build, "index": data.data_index, "check": data.data_check}.items():
     data_app.command(name)(command)
 
 

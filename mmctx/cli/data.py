@@ -1,13 +1,20 @@
-"""Commands about shards: index."""
+"""Commands about shards: index, check."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mmctx.cli.common import Json, print_answer, progress_bars, table
+from mmctx.cli.tables import check_table
+from mmctx.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mmctx.tokenizer import TextTokenizer
+    from mmctx.train.config import RunConfig
 
 
 def data_index(
@@ -24,11 +31,7 @@ def data_index(
     from mmctx.datasets.index import expand_shards, index_shards
     from mmctx.datasets.source import summarise
 
-    loaded = None
-    if tokenizer is not None:
-        from mmctx.tokenizer import TextTokenizer
-
-        loaded = TextTokenizer(tokenizer)
+    loaded = _tokenizer(tokenizer)
     paths = [path for pattern in shards for path in expand_shards(pattern)]
     with progress_bars() as show:
         texts = tuple(text or ["txt"])
@@ -37,3 +40,91 @@ def data_index(
         )
     answer = summarise(indexed)
     print_answer(answer, as_json, table(answer))
+
+
+def data_check(
+    shards: Annotated[list[str], typer.Argument(help="Shards, or a run's YAML and key=value changes.")],
+    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder, to count tokens.")] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="Where texts stand: txt, json:names.zh. May be repeated.")
+    ] = None,
+    context_length: Annotated[int | None, typer.Option(help="Tokens that a text may have.")] = None,
+    write: Annotated[Path | None, typer.Option(help="Write samples with errors to this quarantine list.")] = None,
+    as_error: Annotated[
+        list[str] | None, typer.Option(help="A warning to treat as an error, such as silent_audio. May be repeated.")
+    ] = None,
+    max_pixels: Annotated[int | None, typer.Option(help="Pixels that a picture may have.")] = None,
+    max_seconds: Annotated[float | None, typer.Option(help="Seconds that a clip may have.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; one for each core by default.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Read and decode all that shards hold and list what is wrong; exit with 1 if any of it is an error."""
+    from mmctx.datasets.check import check_shards, join_results
+    from mmctx.datasets.check_defects import CheckLimits
+    from mmctx.datasets.quarantine import write_quarantine
+
+    chosen = {"max_pixels": max_pixels, "max_seconds": max_seconds}
+    limits = CheckLimits(**{name: value for name, value in chosen.items() if value is not None})
+    results = []
+    with progress_bars() as show:
+        for name, paths, options in _sources(shards, tokenizer, text, context_length):
+            results.append(
+                check_shards(
+                    paths,
+                    **options,
+                    limits=limits,
+                    strict=as_error or (),
+                    num_workers=os.cpu_count() or 1 if workers is None else workers,
+                    progress=lambda done, total, name=name: show(f"check {name}", done, total),
+                )
+            )
+    result = join_results(results)
+    answer = result.to_json()
+    if write is not None:
+        answer |= {"quarantined": write_quarantine(write, result.quarantine()), "quarantine": str(write)}
+    print_answer(answer, as_json, "" if as_json else check_table(result, answer))
+    if not result.ok:
+        raise typer.Exit(1)
+
+
+def _sources(
+    arguments: list[str], tokenizer: Path | None, texts: list[str] | None, context_length: int | None
+) -> list[tuple[str, list[Path], dict[str, Any]]]:
+    """(name, shards, texts and tokenizer) of each source: those of a run's config, or one of the shards given."""
+    from mmctx.datasets.index import expand_shards
+
+    config = _config(arguments)
+    if config is None:
+        paths = [path for pattern in arguments for path in expand_shards(pattern)]
+        options = {
+            "texts": tuple(texts or ["txt"]),
+            "tokenizer": _tokenizer(tokenizer),
+            "context_length": context_length,
+        }
+        return [("shards", paths, options)]
+    if tokenizer is not None or texts:
+        raise ConfigError("the config names its tokenizer and texts: leave out --tokenizer and --text")
+    shared = {"tokenizer": _tokenizer(config.data.tokenizer)}
+    shared |= {"context_length": context_length or config.data.context_length}
+    held_out = {f"{name} (held out)": source for name, source in config.eval.sources.items()}
+    return [
+        (name, expand_shards(source.shards), shared | {"texts": source.texts})
+        for name, source in (config.data.sources | held_out).items()
+    ]
+
+
+def _config(arguments: list[str]) -> RunConfig | None:
+    """The run's config if the first argument names a YAML file; the others are its overrides then."""
+    if Path(arguments[0]).suffix not in (".yaml", ".yml"):
+        return None
+    from mmctx import api
+
+    return api.load_config(arguments[0], *arguments[1:])
+
+
+def _tokenizer(folder: Path | str | None) -> TextTokenizer | None:
+    if folder is None:
+        return None
+    from mmctx.tokenizer import TextTokenizer
+
+    return TextTokenizer(folder)

