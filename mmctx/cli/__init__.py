@@ -23,7 +23,12 @@ app.add_typer(data_app, name="data")
 
 for name, command in {"train": runs.train, "eval": runs.evaluate, "plan": runs.plan, "doctor": runs.doctor}.items():
     app.command(name)(command)
-for name, command in {"build": build.data_build, "index": data.data_index, "check": data.data_check}.items():
+for name, command in {
+    "build": build.data_build,
+    "index": data.data_index,
+    "check": data.data_check,
+    "stats": data.data_stats,
+}.items():
     data_app.command(name)(command)
 
 

@@ -1,4 +1,4 @@
-"""Commands about shards: index, check."""
+"""Commands about shards: index, check, stats."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmctx.cli.common import Json, print_answer, progress_bars, table
-from mmctx.cli.tables import check_table
+from mmctx.cli.tables import check_table, stats_tables
 from mmctx.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -85,6 +85,47 @@ def data_check(
     print_answer(answer, as_json, "" if as_json else check_table(result, answer))
     if not result.ok:
         raise typer.Exit(1)
+
+
+def data_stats(
+    shards: Annotated[list[str], typer.Argument(help="Shards, or a run's YAML and key=value changes.")],
+    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder, to count text tokens too.")] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="Where texts stand: txt, json:names.zh. May be repeated.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the distributions into this .png, .svg or .pdf.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes that index; 0 for none besides this one.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Show what shards hold, from their indexes alone: sizes, lengths, tokens, problems; of a config, the packing too."""
+    from mmctx.datasets.index import index_shards
+    from mmctx.datasets.stats import source_stats
+
+    config, sizes, forecasted = _config(shards), {}, None
+    if config is not None:
+        from mmctx import api
+        from mmctx.datasets.forecast import forecast
+
+        data = api.build_dataset(config)
+        made = data.dataset.preprocessors
+        sizes = {"image_tokens": made.image_tokens, "audio_tokens": made.audio_tokens}
+        forecasted = forecast(config.data, data, config.train.steps, config.train.seed)
+    sources = []
+    with progress_bars() as show:
+        for name, paths, options in _sources(shards, tokenizer, text, None):
+            loaded, texts = options["tokenizer"], options["texts"]
+            indexed = index_shards(
+                paths, loaded, texts, workers, lambda done, total, name=name: show(f"index {name}", done, total)
+            )
+            sources.append(source_stats(name, indexed, texts, **sizes))
+    if plot is not None:
+        from mmctx.datasets.stats_plot import plot_stats
+
+        plot_stats(plot, sources, forecasted)
+    answer: dict[str, Any] = {"sources": {source.name: source.to_json() for source in sources}}
+    answer |= {} if forecasted is None else {"forecast": forecasted}
+    answer |= {} if plot is None else {"plot": str(plot)}
+    print_answer(answer, as_json, "" if as_json else stats_tables(sources, forecasted))
 
 
 def _sources(
