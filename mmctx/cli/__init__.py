@@ -28,6 +28,7 @@ for name, command in {
     "index": data.data_index,
     "check": data.data_check,
     "stats": data.data_stats,
+    "view": data.data_view,
 }.items():
     data_app.command(name)(command)
 

@@ -1,4 +1,4 @@
-"""Commands about shards: index, check, stats."""
+"""Commands about shards: index, check, stats, view."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmctx.cli.common import Json, print_answer, progress_bars, table
+from mmctx.cli.common import Json, Overrides, print_answer, progress_bars, table
 from mmctx.cli.tables import check_table, stats_tables
 from mmctx.errors import ConfigError
 
 if TYPE_CHECKING:
+    from mmctx.datasets.assemble import RunData
+    from mmctx.datasets.plan import Bin
+    from mmctx.pack import PackedBatch
     from mmctx.tokenizer import TextTokenizer
     from mmctx.train.config import RunConfig
 
@@ -126,6 +129,48 @@ def data_stats(
     answer |= {} if forecasted is None else {"forecast": forecasted}
     answer |= {} if plot is None else {"plot": str(plot)}
     print_answer(answer, as_json, "" if as_json else stats_tables(sources, forecasted))
+
+
+def data_view(
+    target: Annotated[Path, typer.Argument(help="A shard, or a run's YAML.")],
+    overrides: Overrides = None,
+    step: Annotated[int, typer.Option(help="Of a run: the step whose batch is shown.")] = 0,
+    start: Annotated[int, typer.Option(help="Of a shard: number of the first sample.")] = 0,
+    limit: Annotated[int | None, typer.Option(help="Samples of a shard (50), or documents of each bin (all).")] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="Of a shard, where texts stand: txt, json:names.zh. May be repeated.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("view.html"),
+    as_json: Json = False,
+) -> None:
+    """Write one self-contained HTML page: the samples of a shard, or the packed batch of a run's step."""
+    from mmctx.datasets.view.render import write_page
+
+    config = _config([str(target), *(overrides or [])])
+    if config is None:
+        from mmctx.datasets.view.shard_page import shard_page
+
+        if overrides:
+            raise ConfigError(f"{target} is a shard: {overrides[0]!r} can only change a run's YAML")
+        page = shard_page(target, tuple(text or ["txt"]), start, 50 if limit is None else limit)
+    else:
+        from mmctx.datasets.view.batch_page import batch_page
+
+        data, bins, batches = global_batch(config, step)
+        page = batch_page(config.run.name, step, data, bins, batches, limit)
+    write_page(out, page)
+    answer = {"page": str(out), "bytes": out.stat().st_size}
+    print_answer(answer, as_json, table(answer))
+
+
+def global_batch(config: RunConfig, step: int) -> tuple[RunData, list[Bin], list[PackedBatch]]:
+    """What one step of a run reads: its bins, and the packed batch of each."""
+    from mmctx import api
+    from mmctx.datasets.plan import Plan
+
+    data = api.build_dataset(config)
+    bins = Plan(config.data, data.tables, config.train.seed).step(step)
+    return data, bins, [data.dataset[bin] for bin in bins]
 
 
 def _sources(
