@@ -140,12 +140,12 @@ def check_shards(
     rules = _rules(texts, tokenizer, context_length)
     counter = None if tokenizer is None else TokenCounter.of(tokenizer)
     job = (rules, limits or CheckLimits(), counter, frozenset(strict))
-    paths = list(dict.fromkeys(map(Path, paths)))
-    checks: list[ShardCheck | None] = [None] * len(paths)
-    for done, (number, check) in enumerate(_run(paths, job, num_workers), start=1):
+    shards = list(dict.fromkeys(map(Path, paths)))
+    checks: list[ShardCheck | None] = [None] * len(shards)
+    for done, (number, check) in enumerate(_run(shards, job, num_workers), start=1):
         checks[number] = check
         if progress is not None:
-            progress(done, len(paths))
+            progress(done, len(shards))
     found = [check for check in checks if check is not None]
     _note_repeated_keys(found, frozenset(strict))
     return join_results([_result(check, frozenset(strict)) for check in found])

@@ -65,15 +65,9 @@ class Defect(NamedTuple):
     meaning: str
 
 
-DEFECTS: dict[str, Defect] = {
-    word: Defect(level, meaning)
-    for level, words in (
-        ("error", _SAMPLE_ERRORS | _SHARD_ERRORS),
-        ("warning", _WARNINGS),
-        ("info", _INFOS),
-    )
-    for word, meaning in words.items()
-}
+_LEVELS: dict[Level, dict[str, str]] = {"error": _SAMPLE_ERRORS | _SHARD_ERRORS, "warning": _WARNINGS, "info": _INFOS}
+
+DEFECTS = {word: Defect(level, meaning) for level, words in _LEVELS.items() for word, meaning in words.items()}
 """All defects, gravest first. Those of samples that cannot be used are words of `contents.REASONS`."""
 
 assert set(_SAMPLE_ERRORS) == set(REASONS) - {"ok"}

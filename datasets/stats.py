@@ -242,7 +242,7 @@ class _Collected:
         plain = usable & ~documents
         self.distributions["sample bytes"].add(samples["size"][usable])
         self.distributions["document media"].add(samples["num_media"][documents])
-        has = dict(zip(MEDIA_KINDS, per_sample > 0, strict=True))
+        has: dict[str, np.ndarray] = {kind: np.asarray(per_sample[code] > 0) for code, kind in enumerate(MEDIA_KINDS)}
         if tokens is not None:
             has["text"] = (tokens > 0).any(axis=1)
             self.distributions["document text tokens"].add(tokens[documents, 0])

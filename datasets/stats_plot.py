@@ -25,7 +25,7 @@ _PANELS = (
 _INK, _SOFT, _RULE = "#1d2430", "#667085", "#e4e7ec"
 _NUM_BINS = 32
 _COLUMNS = 3
-_STYLE = {
+_STYLE: dict[Any, Any] = {  # of matplotlib's rc parameters
     "font.family": "sans-serif",
     "font.size": 9,
     "axes.edgecolor": _RULE,
@@ -146,8 +146,8 @@ def _draw_distribution(axis: Axes, panel: str, sources: Sequence[SourceStats]) -
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=scale == 1))
         if most == least:
             axis.set_xlim((least - 5) * scale, (least + 5) * scale)
-    lines = ("-", "--", ":", "-.")
-    texts: dict[str, str] = {}
+    lines: tuple[Any, ...] = ("-", "--", ":", "-.")
+    texts: dict[str, Any] = {}
     for number, distribution, name in found:
         counts = np.histogram(distribution.values, edges, weights=distribution.counts)[0]
         colour = _COLOURS[number % len(_COLOURS)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -11,16 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from make_shards import encode_audio, encode_image, random_pixels, write_shard
+from make_shards import encode_audio, encode_image, make_document, make_triples, random_pixels, write_shard
 from plant import PLANTED_PLAIN, clipped, plain, plant
 
 from mmctx.datasets.check import CheckResult, check_shards
 from mmctx.datasets.check_defects import DEFECTS, CheckLimits
 from mmctx.datasets.check_media import check_audio, check_image
 from mmctx.datasets.contents import REASONS
-from mmctx.datasets.index import index_shard
+from mmctx.datasets.decode import decode_sample
+from mmctx.datasets.index import index_shard, index_shards
 from mmctx.datasets.quarantine import Quarantine, write_quarantine
-from mmctx.errors import ConfigError
+from mmctx.datasets.source import Source
+from mmctx.errors import ConfigError, DataError, SampleError
+from mmctx.pack import MediaItem
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +154,63 @@ def test_the_command_reports_and_writes(planted, tokenizer, tmp_path: Path) -> N
     assert answer["errors"] == sum(d["count"] for d in answer["defects"].values() if d["level"] == "error")
     assert answer["quarantined"] == len(Quarantine.load(tmp_path / "q.jsonl"))
     assert answer["defects"]["silent_audio"]["examples"][0]["key"] == "a18"
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_check_agrees_with_the_decoder_on_damaged_bytes(tmp_path: Path, tokenizer, seed: int) -> None:
+    """Bytes of members are damaged at random: what the check passes, training decodes, and the other way round."""
+    rng = np.random.default_rng(seed)
+    samples = [damage(sample, rng) for sample in [*make_triples(24, seed), make_document()] for _ in range(2)]
+    for number, sample in enumerate(samples):
+        sample["__key__"] = f"k{number:03d}"
+    path = write_shard(tmp_path / "a.tar", samples)
+    texts = ("txt", "json:names.zh")
+    result = check_shards([path], texts=texts, tokenizer=tokenizer)
+    refused = {f.number: f.defect for f in result.findings if result.level(f.defect) == "error"}
+    source = Source("a", index_shards([path], tokenizer, texts), texts)
+    for number in range(source.num_samples):
+        try:
+            decode_sample(
+                source.read(number), source="a", uid=0, texts=texts, tokenizer=tokenizer,
+                make_image=lambda pixels: MediaItem("image", pixels, 1),
+                make_audio=lambda clip, rate: MediaItem("audio", clip, 1),
+            )  # fmt: skip
+            reason = None
+        except SampleError as error:
+            reason = error.reason
+        # sizes and rates that only damaged headers have are refused without decoding
+        assert refused.get(number) in (reason, "oversized_audio", "oversized_image", "absurd_rate"), number
+    assert 5 < len(refused) < source.num_samples
+
+
+def damage(sample: dict, rng: np.random.Generator) -> dict:
+    """A copy with one member cut, or some of its bytes changed; every other one stays sound."""
+    name = rng.choice([name for name in sample if name != "__key__"])
+    data = bytearray(sample[name])
+    fate = rng.integers(4)
+    if fate == 0:
+        data = data[: rng.integers(len(data))]
+    elif fate == 1:
+        for place in rng.integers(0, len(data), rng.integers(1, 4)):
+            data[place] = rng.integers(256)
+    return sample | {name: bytes(data)}
+
+
+class Deadly(CheckLimits):
+    """Ends the process that receives it, as memory or a decoder's fault may."""
+
+    def __reduce__(self):
+        return os._exit, (3,)
+
+
+def test_a_worker_that_dies_is_an_error(planted) -> None:
+    folder, _ = planted
+    with pytest.raises(DataError, match=r"died.*a\.tar"):
+        check(folder, limits=Deadly(), num_workers=2)
+
+
+def test_the_readme_counts_the_defects() -> None:
+    assert f"knows {len(DEFECTS)} defects" in (Path(__file__).parents[2] / "README.md").read_text()
 
 
 @pytest.mark.slow
