@@ -244,7 +244,7 @@ class _Collected:
         self.distributions["document media"].add(samples["num_media"][documents])
         has: dict[str, np.ndarray] = {kind: np.asarray(per_sample[code] > 0) for code, kind in enumerate(MEDIA_KINDS)}
         if tokens is not None:
-            has["text"] = (tokens > 0).any(axis=1)
+            has["text"] = np.asarray((tokens > 0).any(axis=1))
             self.distributions["document text tokens"].add(tokens[documents, 0])
             for column, text in enumerate(self.texts):
                 found = tokens[plain, column]

@@ -9,7 +9,7 @@ import numpy as np
 import soundfile
 from PIL import Image
 
-from mmctx.datasets.contents import IMAGE_FORMATS
+from mmctx.datasets.contents import IMAGE_FORMATS, complaint
 from mmctx.errors import MmctxError
 
 MIME_TYPES = {
@@ -65,7 +65,7 @@ def picture_uri(data: bytes, max_pixels: int) -> tuple[str, int, int]:
     except MmctxError:
         raise
     except Exception as error:  # Pillow raises many types on damaged bytes
-        raise MmctxError(f"cannot be decoded: {error}") from None
+        raise MmctxError(complaint(error)) from None
 
 
 def clip_uri(extension: str, data: bytes) -> str:
@@ -90,9 +90,9 @@ def clip_spectrogram(data: bytes) -> tuple[str, float, int]:
             rate, seconds = clip.samplerate, clip.frames / clip.samplerate
             values = clip.read(min(clip.frames, _HEARD_SECONDS * rate), dtype="float32", always_2d=True)
     except Exception as error:  # libsndfile and its Python side raise many types on damaged bytes
-        raise MmctxError(f"cannot be decoded: {error}") from None
+        raise MmctxError(complaint(error)) from None
     if not len(values) or not np.isfinite(values).all():
-        raise MmctxError("holds no samples, or some that are not finite")
+        raise MmctxError("it holds no samples, or some that are not finite")
     return spectrogram_uri(power_levels(values.mean(axis=1), rate)), seconds, rate
 
 

@@ -54,11 +54,11 @@ def check_table(result: CheckResult, answer: dict[str, Any]) -> str:
         place = " ".join(part for part in (example["shard"], example["key"]) if part)
         shown = Text(printable(place), style="bold") + Text("\n" + printable(example["detail"]), style="not bold dim")
         table.add_row(Text(defect, style=colour), Text(found["level"], style=colour), f"{found['count']:,}", shown)
-    levels = ", ".join(f"{result.total(level):,} {level}s" for level in ("error", "warning", "info"))
-    total = f"{result.num_samples:,} samples in {result.num_shards:,} shards ({result.num_bytes / 1e6:,.1f} MB): "
+    levels = ", ".join(_count(result.total(level), level) for level in ("error", "warning", "info"))
+    total = f"{_count(result.num_samples, 'sample')} in {_count(result.num_shards, 'shard')} ({result.num_bytes / 1e6:,.1f} MB): "
     lines = [Text(total + (levels if result.counts else "nothing is wrong"), style="red" if not result.ok else "green")]
     if "quarantine" in answer:
-        lines.append(Text(f"{answer['quarantined']:,} samples in quarantine: {answer['quarantine']}"))
+        lines.append(Text(f"{_count(answer['quarantined'], 'sample')} in quarantine: {answer['quarantine']}"))
     return rendered(*([table, ""] if result.counts else []), *lines)
 
 
@@ -85,7 +85,8 @@ def _source_table(source: SourceStats) -> list[RenderableType]:
 
     made_of = ", ".join(f"{count:,} {kind}" for kind, count in source.modalities.items())
     sound = f", {source.hours:,.2f} h of sound" if source.hours else ""
-    total = f": {source.num_samples:,} samples in {source.num_shards:,} shards, {source.num_bytes / 1e6:,.1f} MB{sound}"
+    counted = f"{_count(source.num_samples, 'sample')} in {_count(source.num_shards, 'shard')}"
+    total = f": {counted}, {source.num_bytes / 1e6:,.1f} MB{sound}"
     lines: list[RenderableType] = [Text(printable(source.name), style="bold cyan") + Text(total), Text(f"  {made_of}")]
     if source.problems:
         found = ", ".join(f"{count:,} {reason}" for reason, count in source.problems.items())
@@ -106,6 +107,10 @@ def bars(distribution: Distribution) -> str:
     """A histogram of 24 bins as one line of blocks; every bin that is not empty shows."""
     _, counts = distribution.histogram(_NUM_BARS)
     return "".join(_BARS[-(-int(count) * (len(_BARS) - 1) // int(counts.max()))] for count in counts)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _number(value: float) -> str:

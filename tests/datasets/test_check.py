@@ -5,16 +5,21 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from make_shards import encode_audio, encode_image, make_document, make_triples, random_pixels, write_shard
 from plant import PLANTED_PLAIN, clipped, plain, plant
+from typer.testing import CliRunner
 
+from mmctx.cli import app
 from mmctx.datasets.check import CheckResult, check_shards
 from mmctx.datasets.check_defects import DEFECTS, CheckLimits
 from mmctx.datasets.check_media import check_audio, check_image
@@ -211,6 +216,30 @@ def test_a_worker_that_dies_is_an_error(planted) -> None:
 
 def test_the_readme_counts_the_defects() -> None:
     assert f"knows {len(DEFECTS)} defects" in (Path(__file__).parents[2] / "README.md").read_text()
+
+
+def test_the_command_checks_all_sources_of_a_run(tree: dict[str, Any], corpus: Path, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    done = CliRunner().invoke(app, ["data", "check", str(config), "--json"])
+    answer = json.loads(done.stdout)
+    assert (done.exit_code, answer["defects"]) == (0, {})
+    assert (answer["shards"], answer["samples"]) == (4, 48 + 12 + 16)
+    # an override names other shards; the tokenizer and the context are those of the config
+    bad = write_shard(tmp_path / "bad.tar", [plain("long", txt=b"word " * 200, json=b'{"names": {"other": "x"}}')])
+    done = CliRunner().invoke(app, ["data", "check", str(config), f"data.sources.triples.shards={bad}", "--json"])
+    answer = json.loads(done.stdout)
+    assert (done.exit_code, list(answer["defects"])) == (1, ["over_long"])
+    done = CliRunner().invoke(app, ["data", "check", str(config), "--text", "txt"])
+    assert isinstance(done.exception, ConfigError)
+
+
+def test_the_table_is_for_people(planted) -> None:
+    folder, _ = planted
+    done = CliRunner().invoke(app, ["data", "check", str(folder / "a.tar"), "--workers", "1"])
+    assert done.exit_code == 1
+    assert re.search(r"silent_audio +warning +1 .*a\.tar a18", done.stdout)
+    assert "52 samples in 1 shard (" in done.stdout
 
 
 @pytest.mark.slow
