@@ -102,7 +102,7 @@ class CheckLimits:
         min_rate: samples a second of a clip at least.
         max_rate: samples a second of a clip at most; studio converters end at 768 kHz.
         silence: root mean square below which a clip is silent (full scale is 1): 1e-4 is -80 dB.
-        clipped: share of samples in runs at full scale from which a clip is clipped.
+        clipped: share of samples that are cut off at full scale from which a clip is clipped.
     """
 
     max_pixels: int = 89_478_485

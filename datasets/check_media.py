@@ -30,6 +30,7 @@ _ORIENTATION = 0x0112
 _BIG = 64 << 20  # decoded bytes from which the ratio to the stored ones counts
 _BLOCK_VALUES = 1 << 20
 _FULL_SCALE, _RUN = 0.9995, 3
+_ONE_LEVEL = 2**-15  # samples that differ by less stand on one level
 
 
 class MediaDefect(NamedTuple):
@@ -132,7 +133,7 @@ class _Levels(NamedTuple):
             return MediaDefect("silent_audio", f"root mean square {rms:.1e}, audible is {limits.silence:.0e} and more")
         if self.clipped >= max(1, limits.clipped * self.count):
             share = self.clipped / self.count
-            return MediaDefect("clipped_audio", f"{self.clipped} samples ({share:.1%}) lie in runs at full scale")
+            return MediaDefect("clipped_audio", f"{self.clipped} samples ({share:.1%}) are cut off at full scale")
         return None
 
 
@@ -146,12 +147,25 @@ def _measure(clip: soundfile.SoundFile) -> _Levels:
         count += len(block)
         not_finite += int((~finite).sum())
         energy += float(np.square(mono[finite], dtype=np.float64).sum())
-        clipped += _samples_in_runs(np.abs(block).max(axis=1) >= _FULL_SCALE)
+        clipped += _clipped_samples(block)
     return _Levels(count, not_finite, energy, clipped)
 
 
-def _samples_in_runs(loud: np.ndarray) -> int:
-    """How many true values of (n,) stand in runs of three or more: a sine that just reaches full scale has none."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], loud, [False]])))
-    lengths = edges[1::2] - edges[::2]
+def _clipped_samples(block: np.ndarray) -> int:
+    """How many samples of the worst channel of (n, channels) are cut off: they stand at full scale in runs of one level.
+
+    A sine that just reaches full scale has no such run. Lossy codecs restore clipped peaks to all sorts of values beyond full
+    scale; those are not cut off, and reach the model as they are.
+    """
+    if len(block) < _RUN:
+        return 0
+    loud = np.abs(block) >= _FULL_SCALE
+    level = loud[1:] & loud[:-1] & (np.abs(np.diff(block, axis=0)) < _ONE_LEVEL)  # (n - 1, channels)
+    return max(_in_runs(level[:, channel]) for channel in range(block.shape[1]))
+
+
+def _in_runs(level: np.ndarray) -> int:
+    """Samples in runs of three or more, from whether each is level with the next (n - 1,)."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], level, [False]])))
+    lengths = edges[1::2] - edges[::2] + 1
     return int(lengths[lengths >= _RUN].sum())

