@@ -34,6 +34,11 @@ REASONS = (
     "duplicate_key",  # members of one sample do not stand next to each other
     "over_long",  # documents longer than the context, or media that do not fit into a bin; known only to a plan
     "quarantined",  # listed in the run's quarantine file
+    # From here on: found by `mmctx data check` alone, which decodes everything; known to a run by its quarantine list.
+    "oversized_image",
+    "oversized_audio",
+    "absurd_rate",
+    "placeholder_mismatch",
 )
 """Why a sample cannot be used. The position in this list is the code in an index: append only."""
 
@@ -211,7 +216,7 @@ def audio_size(file: BinaryIO) -> tuple[int, int]:
     """(samples per channel, sample rate in Hz) from the header.
 
     Raises:
-        SampleError: ``undecodable_audio``, ``empty`` for a clip of no samples.
+        SampleError: ``undecodable_audio``, ``empty`` for a clip of no samples, ``oversized_audio`` for 2**32 and more.
     """
     try:
         with soundfile.SoundFile(file) as clip:
@@ -220,6 +225,8 @@ def audio_size(file: BinaryIO) -> tuple[int, int]:
         raise SampleError("undecodable_audio", complaint(error)) from None
     if num_samples < 1:
         raise SampleError("empty", "the clip has 0 samples")
+    if num_samples >> 32:  # an index holds 32 bits, and only a damaged header claims more
+        raise SampleError("oversized_audio", f"the header claims {num_samples:,} samples")
     return num_samples, rate
 
 

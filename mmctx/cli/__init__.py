@@ -18,7 +18,7 @@ from mmctx.errors import MmctxError
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Multimodal long-context training.", rich_markup_mode=None
 )
-data_app = typer.Typer(no_args_is_help=True, help="Build and index shards.", rich_markup_mode=None)
+data_app = typer.Typer(no_args_is_help=True, help="Build, index, check and look at shards.", rich_markup_mode=None)
 app.add_typer(data_app, name="data")
 
 for name, command in {
@@ -30,7 +30,13 @@ for name, command in {
 }.items():
     app.command(name)(command)
 data_app.add_typer(build.app, name="build")
-for name, command in {"convert": convert.data_convert, "index": data.data_index}.items():
+for name, command in {
+    "convert": convert.data_convert,
+    "index": data.data_index,
+    "check": data.data_check,
+    "stats": data.data_stats,
+    "view": data.data_view,
+}.items():
     data_app.command(name)(command)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,19 +12,9 @@ from typing import Any
 from mmctx.datasets.assemble import RunData
 from mmctx.datasets.contents import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS
 from mmctx.datasets.decode import decode_audio
+from mmctx.datasets.view.media import MIME_TYPES, data_uri, spectrogram_png
 from mmctx.errors import MmctxError
-from mmctx.eval.report_plots import spectrogram_png
 
-_MIME_TYPES = {
-    "jpg": "image/jpeg",
-    "jpeg": "image/jpeg",
-    "png": "image/png",
-    "webp": "image/webp",
-    "wav": "audio/wav",
-    "flac": "audio/flac",
-    "ogg": "audio/ogg",
-    "mp3": "audio/mpeg",
-}
 _EXTENSIONS = {"image": IMAGE_EXTENSIONS, "audio": AUDIO_EXTENSIONS}
 
 # Words, or single characters of scripts that put no spaces between words.
@@ -78,11 +67,6 @@ def mark_differences(reference: str, prediction: str) -> tuple[str, str]:
     )
 
 
-def data_uri(mime_type: str, data: bytes) -> str:
-    """`data` inline, so that the page needs no other file."""
-    return f"data:{mime_type};base64,{base64.b64encode(data).decode('ascii')}"
-
-
 def _marked(element: str, tag: str, words: Sequence[str]) -> str:
     text = escape("".join(words))
     return text if tag == "equal" or not text else f"<{element}>{text}</{element}>"
@@ -116,7 +100,7 @@ def _media(kind: str, source_name: str, sample_id: int, data: RunData) -> Iterat
     extension = next((name for name in members if name in _EXTENSIONS[kind]), None)
     if extension is None:
         raise MmctxError(f"the sample has no {kind}; its members are {', '.join(members)}")
-    yield "media", data_uri(_MIME_TYPES[extension], members[extension])
+    yield "media", data_uri(MIME_TYPES[extension], members[extension])
     if kind == "audio":
         waveform, rate = decode_audio(members[extension])
         yield "seconds", len(waveform) / rate

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from html import escape
 
 import numpy as np
-from PIL import Image
 
 _WIDTH, _HEIGHT = 280, 165
 _LEFT, _RIGHT, _TOP, _BOTTOM = 40, 6, 8, 22
 _MAX_POINTS = 400
-
-# Anchors of the colour map "magma" (Smith and van der Walt, CC0), dark to bright.
-_MAGMA = np.array(
-    [[0, 0, 4], [40, 17, 89], [114, 31, 129], [183, 55, 121], [241, 96, 93], [254, 176, 120], [252, 253, 191]]
-)
 
 
 def line_chart(
@@ -67,17 +60,6 @@ def line_chart(
     title = f"{label}, steps {short_number(x0)} to {short_number(x1)}"
     opening = f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">'
     return opening + "".join(parts) + "</svg>"
-
-
-def spectrogram_png(values: np.ndarray) -> bytes:
-    """Log-mel frames (F, M) as a PNG: time to the right, pitch upwards, loud is bright."""
-    levels = np.asarray(values, float).T[::-1]  # (M, F)
-    levels = (levels - levels.min()) / max(float(np.ptp(levels)), 1e-9)
-    anchors = np.linspace(0, 1, len(_MAGMA))
-    pixels = np.stack([np.interp(levels, anchors, _MAGMA[:, channel]) for channel in range(3)], axis=-1)  # (M, F, 3)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
 
 
 def nice_ticks(low: float, high: float, count: int) -> list[float]:

@@ -1,0 +1,232 @@
+"""A page about the global batch of one step: every bin as a strip, every document as a row, with its media and its targets.
+
+Shapes: T tokens and N documents of one bin.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from mmctx.datasets.assemble import RunData
+from mmctx.datasets.plan import Bin
+from mmctx.datasets.view.batch_media import BatchMedia, Slots
+from mmctx.datasets.view.render import render
+from mmctx.datasets.view.strip import Strip, draw_strip
+from mmctx.datasets.view.tokens import Piece, TokenReader, read_document
+from mmctx.pack import IGNORE_INDEX, MODALITIES, PackedBatch, Skip
+
+_HUES = ("#2f9e7a", "#a066c9", "#d9577b", "#a89a2c", "#38a3b8", "#8f6b57", "#4a8fe0", "#e8943a")
+_START_CHARACTERS = 160
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One document.
+
+    Attributes:
+        name: its anchor in the page.
+        number: in its bin.
+        objective: that made it.
+        key: of its sample.
+        causal: or in both directions.
+        first: position of its first token in the bin.
+        num_tokens: of it, media slots included.
+        num_read: hidden states that the loss reads.
+        start: its first characters.
+        pieces: its tokens.
+        views: ``VIEW at POSITION`` of each embedding.
+        pair: names of the other documents of its pair, in this bin.
+        source: of its sample.
+    """
+
+    name: str
+    number: int
+    objective: str
+    key: str
+    causal: bool
+    first: int
+    num_tokens: int
+    num_read: int
+    start: str
+    pieces: list[Piece]
+    views: list[str] = field(default_factory=list)
+    pair: list[str] = field(default_factory=list)
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BinView:
+    """One packed batch.
+
+    Attributes:
+        number: of the bin in the step.
+        num_tokens: T.
+        fill: T over the bin's size.
+        num_samples: that it was made from.
+        strip: its drawing.
+        rows: its documents.
+        skips: samples that could not be used.
+    """
+
+    number: int
+    num_tokens: int
+    fill: float
+    num_samples: int
+    strip: Strip
+    rows: list[Row]
+    skips: tuple[Skip, ...]
+
+
+def batch_page(
+    name: str, step: int, data: RunData, bins: Sequence[Bin], batches: Sequence[PackedBatch], limit: int | None = None
+) -> str:
+    """A self-contained page of the packed batches of one step.
+
+    Args:
+        name: of the run.
+        step: that reads them.
+        data: of the run; sounds are read anew from its sources, to be played as they were recorded.
+        bins: of the step.
+        batches: what `data.dataset[bin]` gave for each.
+        limit: documents of each bin that are written out as rows; None for all. Strips and totals are always of all.
+    """
+    media = BatchMedia(data)
+    reader = TokenReader(data.tokenizer)
+    objectives = sorted({objective for batch in batches for objective in batch.objectives})
+    hues = {objective: _HUES[number % len(_HUES)] for number, objective in enumerate(objectives)}
+    views = [
+        _bin_view(number, bin, batch, data, media, reader, hues, limit)
+        for number, (bin, batch) in enumerate(zip(bins, batches, strict=True))
+    ]
+    return render(
+        "batch.html.jinja",
+        title=f"{name}, step {step}",
+        name=name,
+        step=step,
+        bins=views,
+        hues=hues,
+        totals=_totals(batches, data.config.bin_tokens, hues),
+        bin_tokens=data.config.bin_tokens,
+        media=media.uris,
+    )
+
+
+def _bin_view(
+    number: int,
+    bin: Bin,
+    batch: PackedBatch,
+    data: RunData,
+    media: BatchMedia,
+    reader: TokenReader,
+    hues: Mapping[str, str],
+    limit: int | None,
+) -> BinView:
+    starts = np.cumsum([0, *batch.layout.lengths]).tolist()
+    media.enter(number, bin, batch)
+    slots = [media.slots(first, end) for first, end in pairwise(starts)]
+    embeddings = _embeddings(batch, starts)
+    partners: dict[int, list[int]] = {}
+    for place, (_, _, pair) in sorted(embeddings.items()):
+        partners.setdefault(pair, []).append(place)
+    rows = []
+    for place in range(len(slots) if limit is None else min(limit, len(slots))):
+        view, position, pair = embeddings.get(place, ("", -1, -1))
+        others = [f"b{number}d{other}" for other in partners.get(pair, []) if other != place]
+        rows.append(_row(number, place, batch, starts, slots[place], media, reader, view, position, others))
+    return BinView(
+        number=number,
+        num_tokens=batch.num_tokens,
+        fill=batch.num_tokens / data.config.bin_tokens,
+        num_samples=batch.num_samples,
+        strip=draw_strip(number, batch, starts, slots, _read(batch), data.config.bin_tokens, hues, shown=len(rows)),
+        rows=rows,
+        skips=batch.skips,
+    )
+
+
+def _row(
+    bin_number: int,
+    place: int,
+    batch: PackedBatch,
+    starts: Sequence[int],
+    slots: Sequence[Slots],
+    media: BatchMedia,
+    reader: TokenReader,
+    view: str,
+    position: int,
+    partners: list[str],
+) -> Row:
+    first, end = starts[place], starts[place + 1]
+    key = batch.keys[place] if batch.keys else ""
+    names = media.of_document(key, slots)
+    located = {s.first - first: (s.count, s.kind, name) for s, name in zip(slots, names, strict=True)}
+    ids, labels = batch.input_ids[first:end].numpy(), batch.labels[first:end].numpy()
+    pooled = {position - first} if view else set()
+    causal = place < batch.layout.num_causal
+    pieces = read_document(ids, labels, causal, located, pooled, reader)
+    start = "".join(f"[{p.text}]" if p.state == "media" else p.text for p in pieces)
+    return Row(
+        name=f"b{bin_number}d{place}",
+        number=place,
+        objective=batch.objectives[place],
+        key=key,
+        causal=causal,
+        first=first,
+        num_tokens=end - first,
+        num_read=int((labels != IGNORE_INDEX).sum()) + len(pooled),
+        start=" ".join(start[: 2 * _START_CHARACTERS].split())[:_START_CHARACTERS],
+        pieces=pieces,
+        views=[f"{view} at position {position - first}"] if view else [],
+        pair=partners,
+        source=media.source_of(key),
+    )
+
+
+def _embeddings(batch: PackedBatch, starts: Sequence[int]) -> dict[int, tuple[str, int, int]]:
+    """Document -> (view, position in the bin, pair)."""
+    found = {}
+    for name, positions in batch.pooled.items():
+        for position, pair in zip(positions.tolist(), batch.pairs[name], strict=True):
+            place = int(np.searchsorted(starts, position, side="right")) - 1
+            found[place] = (name.rpartition("/")[2], position, pair)
+    return found
+
+
+def _read(batch: PackedBatch) -> np.ndarray:
+    """(T,) bool: hidden states that a loss reads."""
+    mask = (batch.labels != IGNORE_INDEX).numpy().copy()
+    for positions in batch.pooled.values():
+        mask[positions.numpy()] = True
+    return mask
+
+
+def _totals(batches: Sequence[PackedBatch], bin_tokens: int, hues: Mapping[str, str]) -> dict[str, Any]:
+    """Numbers of the whole step: tokens, fill, and for each objective and modality."""
+    documents, tokens, read, kinds = Counter(), Counter(), Counter(), Counter()
+    for batch in batches:
+        mask = _read(batch)
+        starts = np.cumsum([0, *batch.layout.lengths]).tolist()
+        for objective, (first, end) in zip(batch.objectives, pairwise(starts), strict=True):
+            documents[objective] += 1
+            tokens[objective] += end - first
+            read[objective] += int(mask[first:end].sum())
+        kinds.update({kind: len(found.slots) for kind, found in batch.media.items()})
+    total = sum(batch.num_tokens for batch in batches)
+    return {
+        "tokens": total,
+        "fill": total / (bin_tokens * len(batches)),
+        "documents": sum(documents.values()),
+        "samples": sum(batch.num_samples for batch in batches),
+        "skips": sum(len(batch.skips) for batch in batches),
+        "kinds": {"text": total - sum(kinds.values())} | {kind: kinds[kind] for kind in MODALITIES if kinds[kind]},
+        "objectives": [
+            {"name": name, "hue": hue, "documents": documents[name], "tokens": tokens[name], "read": read[name]}
+            for name, hue in hues.items()
+        ],
+    }
