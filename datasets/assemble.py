@@ -93,7 +93,8 @@ def build_data(
     tokenizer = TextTokenizer(data.tokenizer)
     opened = []
     for name, config in sorted(sources.items()):  # by name: the order of keys in a YAML file means nothing
-        shards = index_shards(expand_shards(config.shards), tokenizer, config.texts, progress=progress)
+        found = expand_shards(config.shards, data.remote_cache)
+        shards = index_shards(found, tokenizer, config.texts, progress=progress)
         opened.append((Source(name, shards, config.texts), config))
     halves = build_data_halves(objectives, tokenizer)
     dataset = PackedDataset(opened, build_preprocessors(model), halves, tokenizer, seed, data.cache_mb)

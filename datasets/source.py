@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import bisect
-import os
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from io import FileIO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +13,7 @@ import numpy as np
 from mmctx.datasets.contents import REASONS
 from mmctx.datasets.measure import MEDIA_KINDS
 from mmctx.datasets.sidecar import ShardIndex
+from mmctx.datasets.storage import Shard, ShardFile, open_shard
 from mmctx.datasets.tar import parse_members
 from mmctx.errors import DataError
 from mmctx.sample import SampleSizes
@@ -66,7 +64,7 @@ class Source:
             raise DataError(
                 f"source {name!r}: its {len(self.shards)} shards hold no samples; check data.sources.{name}.shards"
             )
-        self._files: OrderedDict[str, FileIO] = OrderedDict()
+        self._files: OrderedDict[str, ShardFile] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_files": OrderedDict()}
@@ -126,7 +124,7 @@ class Source:
         """The word of `contents.REASONS` for a code that `flags` gave."""
         return REASONS[code]
 
-    def locate(self, sample_id: int) -> tuple[Path, str]:
+    def locate(self, sample_id: int) -> tuple[Shard, str]:
         """(shard, key) of a sample."""
         shard, local = self._find(sample_id)
         return shard.path, shard.keys[local].decode("utf-8", "surrogateescape")
@@ -142,8 +140,8 @@ class Source:
         path, key = str(shard.path), shard.keys[local].decode("utf-8", "surrogateescape")
         entry = shard.samples[local]
         offset, size = int(entry["offset"]), int(entry["size"])
-        file = self._open(path)  # held until the read is over: another thread may evict it meanwhile
-        data = os.pread(file.fileno(), size, offset)
+        file = self._open(path, shard.path)  # held until the read is over: another thread may evict it meanwhile
+        data = file.read_at(offset, size)
         if len(data) != size:
             raise DataError(
                 f"{path}: offset {offset}: sample {key!r} should have {size} bytes, found {len(data)}; {_STALE}"
@@ -181,16 +179,9 @@ class Source:
             )
         return tokens
 
-    def _open(self, path: str) -> FileIO:
+    def _open(self, path: str, shard: Shard) -> ShardFile:
         """Evicted files close when their last reader lets go, so that threads may share a source."""
-        file = self._files.pop(path, None)
-        if file is None:
-            try:
-                file = FileIO(path)
-            except OSError as error:
-                raise DataError(
-                    f"{path}: cannot be opened ({error.strerror}); restore the shard or remove it from the source"
-                ) from None
+        file = self._files.pop(path, None) or open_shard(shard)
         self._files[path] = file
         while len(self._files) > _OPEN_FILES:
             self._files.popitem(last=False)

@@ -41,6 +41,8 @@ FREE_TO_CHANGE = (
     "data.num_workers",
     "data.prefetch",
     "data.cache_mb",
+    "data.remote_cache_dir",
+    "data.remote_cache_gb",
     "data.skip_budget",
     "model.transformer.attention",
     "model.transformer.checkpoint_activations",
