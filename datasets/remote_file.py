@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from mmctx.datasets.block_cache import BLOCK_BYTES
@@ -50,38 +50,30 @@ class RemoteFile:
                     f"{self.shard}: offset {offset}: should have {size} bytes, the shard has {self.shard.size} in all; "
                     "rebuild its index with `mmctx data index --force`"
                 )
-        fetched = self.fetch({number for span in ranges for number in _numbers(*span)})
+        groups = fetch_all([(self, run) for run in self.missing(ranges)])
+        fetched = {number: data for group in groups for number, data in group.items()}
         return [self._cut(offset, size, fetched) for offset, size in ranges]
 
-    def fetch(self, numbers: Iterable[int]) -> dict[int, bytes]:
-        """Brings blocks that the cache lacks into it.
+    def missing(self, ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Runs (first, last) of blocks that reading every (offset, size) would have to ask the server for."""
+        numbers = {number for offset, size in ranges for number in _numbers(offset, size)}
+        return coalesce(number for number in numbers if not self.shard.cache.has(self.shard.name, number))
+
+    def fetch(self, run: tuple[int, int]) -> dict[int, bytes]:
+        """Brings those blocks of a run (first, last) into the cache that it lacks, in one request.
 
         Returns:
-            Those that were brought, by number: a small cache may have lost them again.
+            What was brought, by number: a small cache may have lost it again. Nothing if another process was faster.
         """
         cache, name = self.shard.cache, self.shard.name
-        runs = coalesce(number for number in numbers if not cache.has(name, number))
-        if len(runs) < 2:
-            groups = map(self._fetch_run, runs)
-        else:
-            with ThreadPoolExecutor(min(len(runs), _REQUESTS_AT_ONCE)) as pool:
-                groups = list(pool.map(self._fetch_run, runs))
-        return {number: data for group in groups for number, data in group.items()}
-
-    def _fetch_run(self, run: tuple[int, int]) -> dict[int, bytes]:
-        cache, name = self.shard.cache, self.shard.name
         with cache.fetching(name, run[0]):
-            # Another process may have brought some of them while this one waited.
-            missing = [number for number in range(run[0], run[1] + 1) if not cache.has(name, number)]
-            if not missing:
+            wanted = [number for number in range(run[0], run[1] + 1) if not cache.has(name, number)]
+            if not wanted:
                 return {}
-            start = missing[0] * BLOCK_BYTES
-            data = self._connection.read(start, min((missing[-1] + 1) * BLOCK_BYTES, self.shard.size) - start)
-            blocks = {
-                missing[0] + place: data[place * BLOCK_BYTES : (place + 1) * BLOCK_BYTES]
-                for place in range(missing[-1] - missing[0] + 1)
-            }
-            for number in missing:
+            start = wanted[0] * BLOCK_BYTES
+            data = self._connection.read(start, min((wanted[-1] + 1) * BLOCK_BYTES, self.shard.size) - start)
+            blocks = _split(data, wanted[0])
+            for number in wanted:
                 cache.write(name, number, blocks[number])
             return blocks
 
@@ -95,7 +87,7 @@ class RemoteFile:
                 block[start:stop] if block is not None else self.shard.cache.read(self.shard.name, number, start, stop)
             )
             while part is None:  # evicted since
-                block = self.fetch([number]).get(number)
+                block = self.fetch((number, number)).get(number)
                 part = (
                     self.shard.cache.read(self.shard.name, number, start, stop) if block is None else block[start:stop]
                 )
@@ -129,12 +121,19 @@ class RemoteBuffer:
             last = min(number + self._window, -(-len(self) // BLOCK_BYTES))
             first, end = number * BLOCK_BYTES, min(last * BLOCK_BYTES, len(self))
             data = self._file.read_at(first, end - first)
-            self._blocks = {
-                number + place: data[place * BLOCK_BYTES : (place + 1) * BLOCK_BYTES] for place in range(last - number)
-            }
+            self._blocks = _split(data, number)
             self._next, block = last, self._blocks[number]
         base = number * BLOCK_BYTES
         return block[max(0, start - base) : max(0, stop - base)]
+
+
+def fetch_all(jobs: Sequence[tuple[RemoteFile, tuple[int, int]]]) -> Iterator[dict[int, bytes]]:
+    """`RemoteFile.fetch` of many runs, several at once, in their order."""
+    if len(jobs) < 2:
+        yield from (file.fetch(run) for file, run in jobs)
+        return
+    with ThreadPoolExecutor(min(len(jobs), _REQUESTS_AT_ONCE)) as pool:
+        yield from pool.map(lambda job: job[0].fetch(job[1]), jobs)
 
 
 def coalesce(numbers: Iterable[int], gap: int = _MAX_GAP, limit: int = _MAX_RUN) -> list[tuple[int, int]]:
@@ -151,3 +150,8 @@ def coalesce(numbers: Iterable[int], gap: int = _MAX_GAP, limit: int = _MAX_RUN)
 def _numbers(offset: int, size: int) -> range:
     """Blocks that a range touches."""
     return range(offset // BLOCK_BYTES, -(-(offset + size) // BLOCK_BYTES) if size else offset // BLOCK_BYTES)
+
+
+def _split(data: bytes, first: int) -> dict[int, bytes]:
+    """Bytes that begin with block `first`, as blocks by number."""
+    return {first + at // BLOCK_BYTES: data[at : at + BLOCK_BYTES] for at in range(0, len(data), BLOCK_BYTES)}

@@ -86,12 +86,21 @@ def is_absent(error: BaseException) -> bool:
 def http_status(error: BaseException) -> int | None:
     """The status that a server answered with, if it answered."""
     for cause in _causes(error):
-        response: Any = getattr(cause, "response", None)  # botocore
-        inside = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
-        for status in (getattr(cause, "status", None), getattr(cause, "code", None), inside.get("HTTPStatusCode")):
+        if _may_pass(
+            cause
+        ):  # a broken answer: what lies below, such as the parser's own 400, did not come from the server
+            return None
+        for status in (getattr(cause, "status", None), _botocore_status(cause)):
             if isinstance(status, int):
                 return status
+        if type(cause).__name__ == "HttpError":  # gcsfs
+            return int(getattr(cause, "code", None) or 500)
     return None
+
+
+def _botocore_status(error: BaseException) -> Any:
+    response = getattr(error, "response", None)
+    return response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
 
 
 def describe(error: BaseException) -> str:

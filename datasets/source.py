@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from mmctx.datasets.contents import REASONS
 from mmctx.datasets.measure import MEDIA_KINDS
 from mmctx.datasets.sidecar import ShardIndex
-from mmctx.datasets.storage import Shard, ShardFile, open_shard
+from mmctx.datasets.storage import Shard, ShardFile, is_local, open_shard, prefetch
 from mmctx.datasets.tar import parse_members
 from mmctx.errors import DataError
 from mmctx.sample import SampleSizes
@@ -153,6 +153,21 @@ class Source:
                 raise
             raise DataError(f"{error}; {_STALE}") from None
         return RawSample(key, path, members)
+
+    def prefetch(self, ids: Iterable[int]) -> None:
+        """Brings what samples need of remote shards near, several requests at once, so that reading them does not wait.
+
+        Raises:
+            DataError: a shard changed, or its server cannot be reached.
+        """
+        ranges: dict[str, tuple[Shard, list[tuple[int, int]]]] = {}
+        for sample_id in ids:
+            shard, local = self._find(sample_id)
+            if not is_local(shard.path):
+                entry = shard.samples[local]
+                mine = ranges.setdefault(str(shard.path), (shard.path, []))[1]
+                mine.append((int(entry["offset"]), int(entry["size"])))
+        prefetch((self._open(path, shard), mine) for path, (shard, mine) in ranges.items())
 
     def _find(self, sample_id: int) -> tuple[ShardIndex, int]:
         if not 0 <= sample_id < self.num_samples:

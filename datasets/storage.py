@@ -17,7 +17,7 @@ from typing import Protocol
 from mmctx.datasets import remote
 from mmctx.datasets.block_cache import BlockCache
 from mmctx.datasets.remote import RemoteShard
-from mmctx.datasets.remote_file import RemoteBuffer, RemoteFile
+from mmctx.datasets.remote_file import RemoteBuffer, RemoteFile, fetch_all
 from mmctx.errors import DataError
 
 Shard = Path | RemoteShard
@@ -86,6 +86,11 @@ def as_shard(name: str | Shard, cache: BlockCache | None = None) -> Shard:
     return Path(local_path(str(name)))
 
 
+def is_local(shard: Shard) -> bool:
+    """Whether reading a shard asks no server."""
+    return not isinstance(shard, RemoteShard)
+
+
 def stamp(shard: Shard) -> dict[str, int | str]:
     """What tells this version of a shard from others: its size, and its mtime or what its server says in place of one.
 
@@ -127,6 +132,17 @@ def open_shard(shard: str | Shard) -> ShardFile:
         raise DataError(
             f"{shard}: cannot be opened ({error.strerror}); restore the shard or remove it from the source"
         ) from None
+
+
+def prefetch(wanted: Iterable[tuple[ShardFile, list[tuple[int, int]]]]) -> None:
+    """Brings every (offset, size) of remote files into the local cache, several requests at once; local files need nothing.
+
+    Raises:
+        DataError: a shard changed, or its server cannot be reached.
+    """
+    jobs = [(file, run) for file, ranges in wanted if isinstance(file, RemoteFile) for run in file.missing(ranges)]
+    for _ in fetch_all(jobs):
+        pass
 
 
 @contextlib.contextmanager
