@@ -79,13 +79,14 @@ class BlockCache:
         part = os.path.join(os.path.dirname(path), f".{uuid.uuid4().hex}")
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            if not self._reserve(len(data)):
+            if not self._reserve(len(data), part):
                 return
-            with open(part, "wb") as file:
+            with open(part, "r+b") as file:
                 file.write(data)
                 file.flush()
                 os.fdatasync(file.fileno())  # or a power cut could leave a block of zeros under a good name
-            os.replace(part, path)
+            with _locked(self._usage()):  # whoever adds up what is there must not miss it between its two names
+                os.replace(part, path)
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.unlink(part)
@@ -106,16 +107,21 @@ class BlockCache:
     def _path(self, shard: str, number: int) -> str:
         return f"{self.folder}/blocks/{shard}/{number}"
 
-    def _reserve(self, size: int) -> bool:
-        """Counts `size` bytes in before they are written, so that the bound holds whoever is killed; whether they may be kept."""
+    def _usage(self) -> str:
+        return f"{self.folder}/blocks/usage"
+
+    def _reserve(self, size: int, part: str) -> bool:
+        """Makes `part` as large as it will be, so that it counts before it is written; whether there can be room for it."""
         if size > self.max_bytes * _ROOM:
             return False
-        with _locked(f"{self.folder}/blocks/usage") as fd:
+        with _locked(self._usage()) as fd:
             known = os.pread(fd, 32, 0)
             usage = int(known) if known.isdigit() else None
             if usage is None or usage + size > self.max_bytes:
                 usage = self._evict(int(self.max_bytes * _ROOM) - size)
-            os.pwrite(fd, b"%020d" % (usage + size), 0)
+            os.pwrite(fd, b"%020d" % (usage + size), 0)  # first: whoever dies in between leaves too high a count
+            with open(part, "wb") as file:
+                file.truncate(size)
         return True
 
     def _evict(self, room: int) -> int:
@@ -126,7 +132,7 @@ class BlockCache:
         """
         found, usage = [], 0
         for block in Path(self.folder, "blocks").glob("*/*"):
-            with contextlib.suppress(FileNotFoundError):  # a part that has got its name since
+            with contextlib.suppress(FileNotFoundError):  # a part whose writer has given up
                 about = block.stat()
                 usage += about.st_size
                 part = block.name.startswith(".")

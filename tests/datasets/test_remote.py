@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import sys
 import threading
 import time
 from pathlib import Path
@@ -140,6 +141,7 @@ class _Samples(Dataset):
         return self.source.read(number)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_loader_workers_share_the_cache(nginx, root, cache, start):
     write_big_shard(root / "x.tar", count=200, size=40_000)
@@ -154,6 +156,7 @@ def test_loader_workers_share_the_cache(nginx, root, cache, start):
     assert len(spans) == len(set(spans)) <= -(-(root / "x.tar").stat().st_size // BLOCK_BYTES)
 
 
+@pytest.mark.slow
 def test_a_server_may_restart(nginx, root, cache, caplog):
     write_big_shard(root / "x.tar", count=100, size=50_000)
     source = open_source(f"{nginx.url}/x.tar", cache)
@@ -280,7 +283,7 @@ def test_names_that_are_no_shards(cache, tmp_path, monkeypatch):
 
 
 def test_a_missing_package_is_named(cache, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "gcsfs", None)
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(DataError, match=r"gs:// needs a package .*pip install 'mmctx\[gcs\]'"):
         expand_shards("gs://bucket/x.tar", cache)
 
