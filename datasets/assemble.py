@@ -12,6 +12,7 @@ import numpy as np
 from mmctx.datasets.config import DataConfig, SourceConfig
 from mmctx.datasets.fetch import PackedDataset
 from mmctx.datasets.index import expand_shards, index_shards
+from mmctx.datasets.quarantine import Quarantine
 from mmctx.datasets.source import Source
 from mmctx.datasets.table import Preprocessors, SourceTable
 from mmctx.encoders.audio import AudioPreprocessor
@@ -34,13 +35,13 @@ class RunData:
         config: sizes.
         tokenizer: with the special tokens.
         dataset: `dataset[bin]` is a packed batch.
-        quarantine: fingerprint of what the quarantine file lists, empty without one.
+        quarantine: samples that no plan may use.
     """
 
     config: DataConfig
     tokenizer: TextTokenizer
     dataset: PackedDataset
-    quarantine: str = ""
+    quarantine: Quarantine
 
     @property
     def tables(self) -> dict[str, SourceTable]:
@@ -108,8 +109,12 @@ def build_data(
     tokenizer = TextTokenizer(data.tokenizer)
     halves = build_data_halves(objectives, tokenizer)
     preprocessors, work = build_preprocessors(model), estimate_work(model, len(tokenizer))
+    quarantine = Quarantine.load(data.quarantine) if data.quarantine else Quarantine(())
     tables = []
     for name, config in sorted(sources.items()):  # by name: the order of keys in a YAML file means nothing
-        shards = index_shards(expand_shards(config.shards), tokenizer, config.texts, progress=progress)
-        tables.append(SourceTable(Source(name, shards, config.texts), config, preprocessors, halves, work, data))
-    return RunData(data, tokenizer, PackedDataset(tables, halves, tokenizer, seed, data.cache_mb))
+        found = expand_shards(config.shards, data.remote_cache)
+        shards = index_shards(found, tokenizer, config.texts, progress=progress)
+        source = Source(name, shards, config.texts, quarantine)
+        tables.append(SourceTable(source, config, preprocessors, halves, work, data))
+    dataset = PackedDataset(tables, halves, tokenizer, seed, data.cache_mb)
+    return RunData(data, tokenizer, dataset, quarantine)

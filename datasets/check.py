@@ -15,7 +15,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from mmctx.datasets.check_defects import DEFECTS, CheckLimits, Finding, Level, T
 from mmctx.datasets.check_shard import ShardCheck, check_shard
 from mmctx.datasets.contents import check_texts
 from mmctx.datasets.quarantine import QuarantineEntry
+from mmctx.datasets.storage import Shard, as_shard
 from mmctx.datasets.tar import TarMember, group_samples, scan_tar
 from mmctx.datasets.tokens import TokenCounter
 from mmctx.errors import ConfigError, DataError
@@ -108,7 +108,7 @@ class CheckResult:
 
 
 def check_shards(
-    paths: Sequence[str | Path],
+    paths: Sequence[str | Shard],
     *,
     texts: Sequence[str] = ("txt",),
     tokenizer: TextTokenizer | None = None,
@@ -140,7 +140,7 @@ def check_shards(
     rules = _rules(texts, tokenizer, context_length)
     counter = None if tokenizer is None else TokenCounter.of(tokenizer)
     job = (rules, limits or CheckLimits(), counter, frozenset(strict))
-    shards = list(dict.fromkeys(map(Path, paths)))
+    shards = list(dict.fromkeys(map(as_shard, paths)))
     checks: list[ShardCheck | None] = [None] * len(shards)
     for done, (number, check) in enumerate(_run(shards, job, num_workers), start=1):
         checks[number] = check
@@ -184,7 +184,7 @@ def _rules(texts: Sequence[str], tokenizer: TextTokenizer | None, context_length
 _Job = tuple[TextRules, CheckLimits, TokenCounter | None, frozenset[str]]
 
 
-def _run(paths: Sequence[Path], job: _Job, num_workers: int) -> Iterator[tuple[int, ShardCheck]]:
+def _run(paths: Sequence[Shard], job: _Job, num_workers: int) -> Iterator[tuple[int, ShardCheck]]:
     """Yields (number of the path, its check) in any order."""
     workers = min(num_workers, len(paths))
     if workers < 2:

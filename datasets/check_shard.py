@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import mmap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
@@ -16,7 +14,8 @@ from mmctx.datasets.check_defects import DEFECTS, CheckLimits, Finding, TextRule
 from mmctx.datasets.check_sample import INTERLEAVED, SampleCheck, check_sample
 from mmctx.datasets.measure import MemberReader
 from mmctx.datasets.sidecar import content_hash
-from mmctx.datasets.tar import BLOCK, TarMember, TarSample, group_samples, map_file, scan_tar, split_name
+from mmctx.datasets.storage import Buffer, Shard, map_file, open_shard
+from mmctx.datasets.tar import BLOCK, TarMember, TarSample, group_samples, scan_tar, split_name
 from mmctx.datasets.tokens import TokenCounter
 from mmctx.errors import DataError
 
@@ -61,7 +60,7 @@ class ShardCheck:
 
 
 def check_shard(
-    path: Path, rules: TextRules, limits: CheckLimits, counter: TokenCounter | None, strict: frozenset[str]
+    path: Shard, rules: TextRules, limits: CheckLimits, counter: TokenCounter | None, strict: frozenset[str]
 ) -> ShardCheck:
     """Reads and decodes all of a shard.
 
@@ -93,13 +92,13 @@ def check_shard(
 
 
 @contextmanager
-def open_members(path: Path) -> Iterator[MemberReader]:
+def open_members(path: Shard) -> Iterator[MemberReader]:
     """Opens a shard to read its members, wherever they lie."""
-    with path.open("rb", buffering=0) as file:
-        yield MemberReader(file.fileno(), str(path))
+    with open_shard(path) as file:
+        yield MemberReader(file, str(path))
 
 
-def _scan(path: Path, check: ShardCheck) -> tuple[list[TarMember], bool]:
+def _scan(path: Shard, check: ShardCheck) -> tuple[list[TarMember], bool]:
     """Members up to the end or to the first damage, and whether there is none."""
     members: list[TarMember] = []
     with map_file(path) as buffer:
@@ -120,7 +119,7 @@ def _scan(path: Path, check: ShardCheck) -> tuple[list[TarMember], bool]:
     return members, True
 
 
-def _check_end(buffer: mmap.mmap, position: int, check: ShardCheck) -> None:
+def _check_end(buffer: Buffer, position: int, check: ShardCheck) -> None:
     """An archive ends in blocks of zeros, and nothing but zeros follows them. `position` is behind the last file."""
     zeros = bytes(BLOCK)
     while position < len(buffer) and buffer[position : position + BLOCK] != zeros:  # folders and links may come last
@@ -145,7 +144,7 @@ def _note_ignored(members: Sequence[TarMember], check: ShardCheck) -> None:
 
 
 def _check_samples(
-    path: Path,
+    path: Shard,
     samples: Sequence[TarSample],
     check: ShardCheck,
     rules: TextRules,

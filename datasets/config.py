@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from mmctx.config import StrictModel
 from mmctx.datasets.augment import SpecAugmentConfig
+from mmctx.datasets.block_cache import BlockCache
 from mmctx.datasets.split import LongDocuments
 
 NO_LIMIT = 1 << 60
@@ -18,7 +19,7 @@ class SourceConfig(StrictModel):
     """One set of WebDataset shards."""
 
     shards: str
-    """A path with braces or wildcards, such as `data/train/{000000..000099}.tar`."""
+    """A path or url with braces or wildcards, such as `data/train/{000000..000099}.tar`; over HTTP with braces alone."""
     objectives: tuple[str, ...]
     """Names of the objectives that every sample of this source serves."""
     texts: tuple[str, ...] = ("txt",)
@@ -76,6 +77,12 @@ class DataConfig(StrictModel):
     """Batches that each worker prepares ahead."""
     cache_mb: int = Field(default=0, ge=0)
     """MiB of decoded samples that each loading process keeps, for sets that are read many times and fit. They are not decoded again."""
+    remote_cache_dir: str | None = None
+    """Folder on a local disk for blocks and indexes of remote shards, shared by all processes of a host.
+
+    By default `$XDG_CACHE_HOME/mmctx`, which is `~/.cache/mmctx` where that is not set. Local shards do not use it."""
+    remote_cache_gb: float = Field(default=20.0, gt=0)
+    """GiB that blocks of remote shards may take there; those that were not read for longest go first."""
     skip_budget: float = Field(default=0.01, ge=0, le=1)
     """Largest share of samples that may be skipped while training before the run stops."""
 
@@ -84,6 +91,11 @@ class DataConfig(StrictModel):
         """Largest tokens, pictures, audio frames and pairs of a bin, in the order of `table.LIMITED`."""
         optional = (self.bin_images, self.bin_audio_frames, self.bin_pairs)
         return (self.bin_tokens, *(NO_LIMIT if limit is None else limit for limit in optional))  # type: ignore[return-value]
+
+    @property
+    def remote_cache(self) -> BlockCache:
+        """Where blocks of remote shards are kept."""
+        return BlockCache.at(self.remote_cache_dir, self.remote_cache_gb)
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:

@@ -61,6 +61,7 @@ class PackedDataset(Dataset[PackedBatch]):
     def __getitem__(self, bin: Bin) -> PackedBatch:
         documents: list[Document] = []
         skips: list[Skip] = []
+        self._prefetch(bin)
         for source_number, sample_id, epoch, part in bin.samples:
             try:
                 documents += self.documents(source_number, sample_id, epoch, part)
@@ -137,6 +138,14 @@ class PackedDataset(Dataset[PackedBatch]):
             self._cache[source_number, table.source.name, sample_id] = sample
             self._cache_room -= size
         return sample
+
+    def _prefetch(self, bin: Bin) -> None:
+        """Asks for all that a bin needs of remote shards at once: one after the other, each sample would wait for its server."""
+        for number, (source, _) in enumerate(self.sources):
+            wanted = [
+                i for owner, i, _, _ in bin.samples if owner == number and (number, source.name, i) not in self._cache
+            ]
+            source.prefetch(wanted)
 
     def _nothing(self) -> Document:
         """Stands in when every sample of a bin was skipped, so that the rank still takes part in the step."""

@@ -12,8 +12,10 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mmctx.datasets.block_cache import BlockCache
 from mmctx.datasets.contents import check_texts
 from mmctx.datasets.sidecar import ShardIndex, ensure_index
+from mmctx.datasets.storage import Shard, as_shard, find_remote, is_remote, local_path
 from mmctx.datasets.tokens import TokenCounter
 from mmctx.errors import DataError
 
@@ -24,16 +26,20 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
-def expand_shards(pattern: str) -> list[Path]:
-    """The shards that a pattern names: ``x-{0000..0099}.tar``, ``{a,b}/x.tar``, ``x-*.tar`` or a plain path.
+def expand_shards(pattern: str, cache: BlockCache | None = None) -> list[Shard]:
+    """The shards that a pattern names: ``x-{0000..0099}.tar``, ``{a,b}/x.tar``, ``x-*.tar`` or a plain path, local or a url.
 
     Braces and paths keep their order, globs are sorted; a shard named twice comes once.
 
+    Args:
+        cache: of remote shards; by default the user's own.
+
     Raises:
-        DataError: the pattern, or a name that its braces make, matches no file.
+        DataError: the pattern, or a name that its braces make, matches no file, or it is no name that shards can have.
     """
-    if "://" in pattern:
-        raise DataError(f"{pattern}: remote shards are not read yet; copy them to a local folder")
+    if is_remote(pattern):
+        return [*find_remote(_expand_braces(pattern), cache or BlockCache.at())]
+    pattern = local_path(pattern)
     found: dict[Path, None] = {}
     missing = []
     names = list(_expand_braces(pattern))
@@ -80,12 +86,12 @@ def _explain_missing(pattern: str, missing: Sequence[str], num_names: int) -> st
 
 
 def index_shard(
-    path: str | Path, tokenizer: TextTokenizer | None, texts: Sequence[str], *, force: bool = False
+    path: str | Shard, tokenizer: TextTokenizer | None, texts: Sequence[str], *, force: bool = False
 ) -> ShardIndex:
     """Indexes a shard, or reuses what an earlier call left: stale parts alone are rebuilt.
 
     Args:
-        path: a plain ``.tar``.
+        path: a plain ``.tar``, or its url.
         tokenizer: counts tokens; None leaves them out.
         texts: the source's texts, such as ``txt`` or ``json:names.zh``.
         force: rebuild everything.
@@ -98,7 +104,7 @@ def index_shard(
 
 
 def index_shards(
-    paths: Sequence[str | Path],
+    paths: Sequence[str | Shard],
     tokenizer: TextTokenizer | None,
     texts: Sequence[str],
     num_workers: int = 0,
@@ -117,7 +123,7 @@ def index_shards(
     # Workers count tokens themselves with the Rust tokenizer alone: they start without torch or transformers, and no
     # text travels between processes.
     counter = None if tokenizer is None else TokenCounter.of(tokenizer)
-    paths, texts = [Path(path) for path in paths], check_texts(texts)
+    shards, texts = [as_shard(path) for path in paths], check_texts(texts)
     indexes: dict[int, ShardIndex] = {}
     errors: dict[int, DataError] = {}
 
@@ -127,21 +133,21 @@ def index_shards(
         except DataError as error:
             errors[number] = error
         if progress is not None:
-            progress(len(indexes) + len(errors), len(paths))
+            progress(len(indexes) + len(errors), len(shards))
 
-    if num_workers < 1 or len(paths) < 2:
-        for number, path in enumerate(paths):
-            record(number, lambda path=path: ensure_index(path, counter, texts, force))
+    if num_workers < 1 or len(shards) < 2:
+        for number, shard in enumerate(shards):
+            record(number, lambda shard=shard: ensure_index(shard, counter, texts, force))
     else:
         context = multiprocessing.get_context("spawn")  # forking a process whose tokenizer has threads can hang
-        workers = min(num_workers, len(paths))
+        workers = min(num_workers, len(shards))
         with ProcessPoolExecutor(workers, context, _start_worker, (counter, texts, force)) as pool:
-            jobs: dict[Future[ShardIndex], int] = {pool.submit(_index, path): n for n, path in enumerate(paths)}
+            jobs: dict[Future[ShardIndex], int] = {pool.submit(_index, shard): n for n, shard in enumerate(shards)}
             for job in as_completed(jobs):
                 record(jobs[job], job.result)
     if errors:
         raise DataError("\n".join(str(errors[number]) for number in sorted(errors)))
-    return [indexes[number] for number in range(len(paths))]
+    return [indexes[number] for number in range(len(shards))]
 
 
 _job: tuple[TokenCounter | None, tuple[str, ...], bool] = (None, (), False)  # of this worker process
@@ -153,5 +159,5 @@ def _start_worker(counter: TokenCounter | None, texts: tuple[str, ...], force: b
     _job = (counter, texts, force)
 
 
-def _index(path: Path) -> ShardIndex:
-    return ensure_index(path, *_job)
+def _index(shard: Shard) -> ShardIndex:
+    return ensure_index(shard, *_job)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO, cast
 
 import numpy as np
@@ -20,6 +18,7 @@ from mmctx.datasets.contents import (
     parse_json,
     parse_segments,
 )
+from mmctx.datasets.storage import Shard, ShardFile, open_shard
 from mmctx.datasets.tar import TarMember, TarSample, group_samples
 from mmctx.errors import DataError, SampleError
 
@@ -63,7 +62,7 @@ class ShardContents:
     problems: list[Problem]
 
 
-def measure_shard(path: Path, members: Sequence[TarMember]) -> ShardContents:
+def measure_shard(path: Shard, members: Sequence[TarMember]) -> ShardContents:
     """Measures every sample; one with a problem stays, flagged.
 
     Raises:
@@ -73,8 +72,8 @@ def measure_shard(path: Path, members: Sequence[TarMember]) -> ShardContents:
     media: list[tuple[int, int, int]] = []
     keys: list[bytes] = []
     problems: dict[int, Problem] = {}
-    with path.open("rb", buffering=0) as file:
-        reader = MemberReader(file.fileno(), str(path))
+    with open_shard(path) as file:
+        reader = MemberReader(file, str(path))
         for number, sample in enumerate(group_samples(members)):
             found, interleaved, code = [], False, 0
             try:
@@ -129,13 +128,13 @@ def _flag_repeated_keys(contents: ShardContents, problems: dict[int, Problem]) -
 class MemberReader:
     """Reads members of an open shard without moving a shared position."""
 
-    def __init__(self, fd: int, where: str) -> None:
-        self._fd = fd
+    def __init__(self, file: ShardFile, where: str) -> None:
+        self._file = file
         self._where = where
 
     def read(self, member: TarMember) -> bytes:
         """All bytes of a member."""
-        data = os.pread(self._fd, member.size, member.offset)
+        data = self._file.read_at(member.offset, member.size)
         if len(data) != member.size:
             found = f"member {member.name!r} should have {member.size} bytes, found {len(data)}"
             raise DataError(f"{self._where}: offset {member.offset}: {found}; the shard changed: index it again")
@@ -145,14 +144,14 @@ class MemberReader:
         """A member as a file: a small one is read at once, of a big one only what is asked for."""
         if member.size <= _SMALL:
             return io.BytesIO(self.read(member))
-        return cast(BinaryIO, io.BufferedReader(_Span(self._fd, member.offset, member.size), _SMALL))
+        return cast(BinaryIO, io.BufferedReader(_Span(self._file, member.offset, member.size), _SMALL))
 
 
 class _Span(io.RawIOBase):
     """A byte range of an open file as a file of its own."""
 
-    def __init__(self, fd: int, start: int, size: int) -> None:
-        self._fd = fd
+    def __init__(self, file: ShardFile, start: int, size: int) -> None:
+        self._file = file
         self._start = start
         self._size = size
         self._position = 0
@@ -173,7 +172,7 @@ class _Span(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         wanted = max(0, min(len(buffer), self._size - self._position))
-        data = os.pread(self._fd, wanted, self._start + self._position)
+        data = self._file.read_at(self._start + self._position, wanted)
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)

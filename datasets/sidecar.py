@@ -1,6 +1,6 @@
 """The index of a shard: a folder ``SHARD.tar.index`` beside it that tells where each sample lies and how big it is.
 
-    meta.json      format version, the tar's size, mtime and content hash, and details of samples that cannot be used
+    meta.json      format version, the tar's size, mtime and hashes, and details of samples that cannot be used
     samples.npy    (n,) `SAMPLE_DTYPE`
     media.npy      (pictures and clips of all samples,) `MEDIA_DTYPE`
     keys.npy       (n,) fixed-width bytes
@@ -8,7 +8,8 @@
     segments-<tokenizer>-<texts>.npy    (segments of all interleaved documents,) `SEGMENT_DTYPE`
 
 Arrays are memory-mapped, so that a billion samples need no loading. Samples are measured in `measure.py`, tokens
-counted in `tokens.py`.
+counted in `tokens.py`. The index of a remote shard lies in the folder of its cache; one that was uploaded along with
+the shard is copied there, else it is made from the shard.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import math
 import mmap
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -30,14 +31,16 @@ from typing import Any
 import numpy as np
 
 from mmctx.datasets.contents import Problem
+from mmctx.datasets.hashes import content_hash, ends_hash
 from mmctx.datasets.measure import ShardContents, measure_shard
-from mmctx.datasets.tar import TarMember, map_file, scan_tar
+from mmctx.datasets.storage import Shard, index_path, stamp, uploaded_index
+from mmctx.datasets.tar import scan_tar
 from mmctx.datasets.tokens import TokenCounter, count_tokens
 from mmctx.errors import DataError
 
 INDEX_VERSION = 1
-_HASHED_ENDS = 1 << 16
 _ATTEMPTS = 5
+_ARRAYS = ("samples.npy", "media.npy", "keys.npy")
 _OPEN_ARRAYS = 256  # numpy keeps a file descriptor for each mapped array
 
 
@@ -52,7 +55,7 @@ class ShardIndex:
         token_file: name of the file with token counts, None if none were asked for.
     """
 
-    path: Path
+    path: Shard
     num_samples: int
     content_hash: str
     token_file: str | None
@@ -96,7 +99,7 @@ class ShardIndex:
         return [Problem(**entry) for entry in entries]
 
     def _array(self, name: str) -> np.ndarray:
-        return _map_array(f"{self.path}.index/{name}", self.content_hash)  # as index_folder, without the cost of Path
+        return _map_array(f"{index_path(self.path)}/{name}", self.content_hash)
 
 
 @lru_cache(maxsize=_OPEN_ARRAYS)
@@ -126,13 +129,12 @@ def _parse_header(header: bytes) -> tuple[np.dtype, tuple[int, ...]]:
     return dtype, shape
 
 
-def index_folder(path: str | Path) -> Path:
+def index_folder(path: str | Shard) -> Path:
     """Where the index of a shard lies."""
-    path = Path(path)
-    return path.with_name(path.name + ".index")
+    return Path(index_path(path))
 
 
-def ensure_index(path: Path, counter: TokenCounter | None, texts: tuple[str, ...], force: bool = False) -> ShardIndex:
+def ensure_index(path: Shard, counter: TokenCounter | None, texts: tuple[str, ...], force: bool = False) -> ShardIndex:
     """Indexes a shard, or reuses what an earlier call left: stale parts alone are rebuilt.
 
     Args:
@@ -148,7 +150,7 @@ def ensure_index(path: Path, counter: TokenCounter | None, texts: tuple[str, ...
     for _ in range(_ATTEMPTS):
         try:
             stale = _inode(index_folder(path))
-            if force or not is_fresh(path):
+            if force or not (is_fresh(path) or _copy_uploaded(path, stale)):
                 _build(path, stale)
                 force = False
             if counter is not None and token_file is not None:
@@ -158,17 +160,18 @@ def ensure_index(path: Path, counter: TokenCounter | None, texts: tuple[str, ...
         except FileNotFoundError:  # another process replaced the folder under us: look again
             continue
         except OSError as error:
-            remedy = "index shards where you may write, or copy them there"
+            remedy = "index shards where you may write, copy them there, or for remote ones set data.remote_cache_dir"
             raise DataError(f"{index_folder(path)}: cannot be written ({error.strerror}); {remedy}") from None
     raise DataError(
         f"{index_folder(path)}: replaced {_ATTEMPTS} times while in use; stop the other processes that index it"
     )
 
 
-def is_fresh(path: Path) -> bool:
+def is_fresh(path: Shard) -> bool:
     """Whether the index belongs to the shard as it is now.
 
-    Equal size and mtime decide at once; otherwise the content hash does, and an equal one makes the new mtime known.
+    Equal size and mtime (of a remote shard: ETag) decide at once; otherwise the content hash does, and an equal one
+    makes the new mtime known.
 
     Raises:
         DataError: the shard is missing or damaged.
@@ -177,27 +180,16 @@ def is_fresh(path: Path) -> bool:
         meta = _read_json(index_folder(path) / "meta.json")
     except (FileNotFoundError, DataError):
         return False
-    size, mtime_ns = _stat(path)
-    if meta.get("version") != INDEX_VERSION or meta["size"] != size:
+    found = stamp(path)
+    if meta.get("version") != INDEX_VERSION or meta["size"] != found["size"]:
         return False
-    if meta["mtime_ns"] == mtime_ns:
+    if found.items() <= meta.items():
         return True
     if meta["content_hash"] != content_hash(path, list(scan_tar(path))):
         return False
     with contextlib.suppress(OSError):  # a copy that may not be written is hashed again each time
-        _write_json(index_folder(path) / "meta.json", meta | {"mtime_ns": mtime_ns})
+        _write_json(index_folder(path) / "meta.json", meta | found)
     return True
-
-
-def content_hash(path: Path, members: Sequence[TarMember]) -> str:
-    """Names the content: both ends of the file and every header (names, sizes and times), not all of the data."""
-    digest = hashlib.blake2b(digest_size=16)
-    with map_file(path) as buffer:
-        digest.update(buffer[:_HASHED_ENDS])
-        digest.update(buffer[-_HASHED_ENDS:])
-        for member in members:
-            digest.update(buffer[member.header : member.offset])
-    return digest.hexdigest()
 
 
 def token_file_name(fingerprint: str, texts: Sequence[str]) -> str:
@@ -210,25 +202,53 @@ def _segment_file(token_file: str) -> str:
     return f"segments{token_file.removeprefix('tokens')}"
 
 
-def _build(path: Path, stale: int | None) -> None:
+def _build(path: Shard, stale: int | None) -> None:
     """Measures the shard into a new folder, then puts it in place of the one with inode `stale`."""
-    size, mtime_ns = _stat(path)  # before reading: a shard that changes meanwhile must look stale
+    found = stamp(path)  # before reading: a shard that changes meanwhile must look stale
     members = list(scan_tar(path))
     contents = measure_shard(path, members)
-    meta = {
+    meta = found | {
         "version": INDEX_VERSION,
-        "size": size,
-        "mtime_ns": mtime_ns,
         "content_hash": content_hash(path, members),
+        "ends_hash": ends_hash(path),
         "num_samples": len(contents.samples),
         "problems": [problem._asdict() for problem in contents.problems],
     }
-    folder = index_folder(path)
-    fresh = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    fresh.mkdir()
-    try:
+    with _replacing(index_folder(path), stale) as fresh:
         _write_contents(fresh, contents)
         _write_json(fresh / "meta.json", meta)
+
+
+def _copy_uploaded(path: Shard, stale: int | None) -> bool:
+    """Copies the index that lies beside a remote shard; whether there is one that belongs to it.
+
+    Size and both ends of the shard tell. Every sample is compared with its key when it is read, too.
+    """
+    found = uploaded_index(path, "meta.json")
+    try:
+        meta = json.loads(found or b"{}")
+    except ValueError:
+        return False
+    now = stamp(path)
+    if meta.get("version") != INDEX_VERSION or meta["size"] != now["size"] or meta.get("ends_hash") != ends_hash(path):
+        return False
+    arrays = {name: uploaded_index(path, name) for name in _ARRAYS}
+    with _replacing(index_folder(path), stale) as fresh:
+        for name, data in arrays.items():
+            if data is None:
+                return False
+            (fresh / name).write_bytes(data)
+        _write_json(fresh / "meta.json", meta | now | {"uploaded": True})
+    return True
+
+
+@contextlib.contextmanager
+def _replacing(folder: Path, stale: int | None) -> Iterator[Path]:
+    """A new folder to fill; once it is filled, it takes the place of the one with inode `stale`."""
+    fresh = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    fresh.mkdir(parents=True)
+    try:
+        yield fresh
         _swap(fresh, folder, stale)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -260,9 +280,10 @@ def _inode(folder: Path) -> int | None:
         return None
 
 
-def _ensure_tokens(path: Path, counter: TokenCounter, texts: tuple[str, ...], token_file: str) -> None:
+def _ensure_tokens(path: Shard, counter: TokenCounter, texts: tuple[str, ...], token_file: str) -> None:
     folder = index_folder(path)
-    if (folder / token_file).is_file() and (folder / _segment_file(token_file)).is_file():
+    counted = (folder / token_file).is_file() and (folder / _segment_file(token_file)).is_file()
+    if counted or _copy_uploaded_tokens(path, folder, token_file):
         return
     samples = np.load(folder / "samples.npy", allow_pickle=False)
     counts = count_tokens(path, samples, counter, texts)
@@ -278,12 +299,19 @@ def _ensure_tokens(path: Path, counter: TokenCounter, texts: tuple[str, ...], to
         part.replace(folder / name)  # the token counts come last: where they are, the rest is too
 
 
-def _stat(path: Path) -> tuple[int, int]:
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such shard; check the path or fetch the file") from None
-    return found.st_size, found.st_mtime_ns
+def _copy_uploaded_tokens(path: Shard, folder: Path, token_file: str) -> bool:
+    """Copies token counts that were uploaded along with the index that `_copy_uploaded` found; whether there are any."""
+    if not _read_json(folder / "meta.json").get("uploaded"):
+        return False
+    about = Path(token_file).with_suffix(".json").name
+    for name in (about, _segment_file(token_file), token_file):  # the counts last: where they are, the rest is too
+        data = uploaded_index(path, name)
+        if data is None:
+            return False
+        part = folder / f".{uuid.uuid4().hex}"
+        part.write_bytes(data)
+        part.replace(folder / name)
+    return True
 
 
 def _read_json(path: Path) -> dict[str, Any]:

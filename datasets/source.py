@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import bisect
-import os
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from io import FileIO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mmctx.datasets.contents import REASONS
 from mmctx.datasets.measure import MEDIA_DTYPE, MEDIA_KINDS
+from mmctx.datasets.quarantine import Quarantine
 from mmctx.datasets.sidecar import ShardIndex
+from mmctx.datasets.storage import Shard, ShardFile, is_local, open_shard, prefetch
 from mmctx.datasets.tar import parse_members
 from mmctx.datasets.tokens import MEDIA
 from mmctx.errors import DataError
@@ -52,7 +51,7 @@ class Source:
         name: of the source in the config.
         shards: their indexes, all made with the same tokenizer and texts.
         texts: the texts that the source declares.
-        quarantined: content hash of a shard -> numbers of its samples that must not be used.
+        quarantine: samples that must not be used.
 
     Raises:
         DataError: the shards hold no samples.
@@ -63,7 +62,7 @@ class Source:
         name: str,
         shards: Sequence[ShardIndex],
         texts: Sequence[str],
-        quarantined: Mapping[str, np.ndarray] | None = None,
+        quarantine: Quarantine | None = None,
     ) -> None:
         self.name = name
         self.shards = list(shards)
@@ -74,8 +73,8 @@ class Source:
             raise DataError(
                 f"source {name!r}: its {len(self.shards)} shards hold no samples; check data.sources.{name}.shards"
             )
-        self._quarantined = dict(quarantined or {})
-        self._files: OrderedDict[str, FileIO] = OrderedDict()
+        self._quarantine = quarantine or Quarantine(())
+        self._files: OrderedDict[str, ShardFile] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_files": OrderedDict()}
@@ -144,8 +143,8 @@ class Source:
         """Flags of samples `local` of a shard: by its members, by its texts (kept with the token counts), by quarantine."""
         if tokens is not None and (bad := tokens < -1).any():
             flags = np.where(bad & (flags == 0), -1 - tokens, flags)
-        held_back = self._quarantined.get(shard.content_hash)
-        if held_back is not None:
+        held_back = self._quarantine.numbers(shard.content_hash)
+        if len(held_back):
             flags = np.where(np.isin(local, held_back), REASONS.index("quarantined"), flags)
         return flags
 
@@ -170,12 +169,12 @@ class Source:
     def problem(self, sample_id: int) -> str:
         """What indexing found wrong with a sample, or that it is quarantined; empty if nothing."""
         shard, local = self._find(sample_id)
-        if local in self._quarantined.get(shard.content_hash, ()):
+        if local in self._quarantine.numbers(shard.content_hash):
             return "listed in data.quarantine"
         key = shard.keys[local].decode("utf-8", "surrogateescape")
         return next((problem.detail for problem in shard.problems() if problem.key == key), "")
 
-    def locate(self, sample_id: int) -> tuple[Path, str]:
+    def locate(self, sample_id: int) -> tuple[Shard, str]:
         """(shard, key) of a sample."""
         shard, local = self._find(sample_id)
         return shard.path, shard.keys[local].decode("utf-8", "surrogateescape")
@@ -191,8 +190,8 @@ class Source:
         path, key = str(shard.path), shard.keys[local].decode("utf-8", "surrogateescape")
         entry = shard.samples[local]
         offset, size = int(entry["offset"]), int(entry["size"])
-        file = self._open(path)  # held until the read is over: another thread may evict it meanwhile
-        data = os.pread(file.fileno(), size, offset)
+        file = self._open(path, shard.path)  # held until the read is over: another thread may evict it meanwhile
+        data = file.read_at(offset, size)
         if len(data) != size:
             raise DataError(
                 f"{path}: offset {offset}: sample {key!r} should have {size} bytes, found {len(data)}; {_STALE}"
@@ -204,6 +203,21 @@ class Source:
                 raise
             raise DataError(f"{error}; {_STALE}") from None
         return RawSample(key, path, members)
+
+    def prefetch(self, ids: Iterable[int]) -> None:
+        """Brings what samples need of remote shards near, several requests at once, so that reading them does not wait.
+
+        Raises:
+            DataError: a shard changed, or its server cannot be reached.
+        """
+        ranges: dict[str, tuple[Shard, list[tuple[int, int]]]] = {}
+        for sample_id in ids:
+            shard, local = self._find(sample_id)
+            if not is_local(shard.path):
+                entry = shard.samples[local]
+                mine = ranges.setdefault(str(shard.path), (shard.path, []))[1]
+                mine.append((int(entry["offset"]), int(entry["size"])))
+        prefetch((self._open(path, shard), mine) for path, (shard, mine) in ranges.items())
 
     def _find(self, sample_id: int) -> tuple[ShardIndex, int]:
         if not 0 <= sample_id < self.num_samples:
@@ -230,16 +244,9 @@ class Source:
             )
         return tokens
 
-    def _open(self, path: str) -> FileIO:
+    def _open(self, path: str, shard: Shard) -> ShardFile:
         """Evicted files close when their last reader lets go, so that threads may share a source."""
-        file = self._files.pop(path, None)
-        if file is None:
-            try:
-                file = FileIO(path)
-            except OSError as error:
-                raise DataError(
-                    f"{path}: cannot be opened ({error.strerror}); restore the shard or remove it from the source"
-                ) from None
+        file = self._files.pop(path, None) or open_shard(shard)
         self._files[path] = file
         while len(self._files) > _OPEN_FILES:
             self._files.popitem(last=False)

@@ -169,7 +169,7 @@ def _draw_distribution(axis: Axes, panel: str, sources: Sequence[SourceStats]) -
 def _draw_fill(axis: Axes, forecast: Mapping[str, Any]) -> None:
     """Bars from 0 to the bin: mean and fullest."""
     found = forecast["tokens_per_bin"]
-    size = found["bin_tokens"]
+    size = found["limit"]
     for place, tokens in enumerate((found["mean"], found["max"])):
         axis.barh(place, tokens / size, color="#98a2b3" if place else _COLOURS[2], height=0.55)
         axis.annotate(
@@ -182,6 +182,6 @@ def _draw_fill(axis: Axes, forecast: Mapping[str, Any]) -> None:
     axis.grid(visible=False)
     axis.set_xticks([0, 0.5, 1], ["0", f"{size // 2:,}", f"{size:,}"])
     axis.set_xlabel(
-        f"tokens; {forecast['samples_per_step']:,.0f} samples a step, {forecast['steps']:,} steps are {forecast['epochs']:.3g} epochs"
+        f"tokens; {forecast['samples_per_step']:,.0f} samples a step, {forecast['window']['steps']:,} steps packed together"
     )
     axis.set_title("packing")

@@ -6,12 +6,10 @@ the base name.
 
 from __future__ import annotations
 
-import mmap
-import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
+from mmctx.datasets.storage import Buffer, Shard, map_file
 from mmctx.errors import DataError, SampleError
 
 BLOCK = 512
@@ -60,7 +58,7 @@ class TarSample(NamedTuple):
         return last.offset + last.size
 
 
-def scan_tar(path: str | Path) -> Iterator[TarMember]:
+def scan_tar(path: str | Shard) -> Iterator[TarMember]:
     """Yields the regular files of a plain tar in order, reading headers only.
 
     Raises:
@@ -68,25 +66,6 @@ def scan_tar(path: str | Path) -> Iterator[TarMember]:
     """
     with map_file(path) as buffer:
         yield from _walk(buffer, str(path))
-
-
-def map_file(path: str | Path) -> mmap.mmap:
-    """The file's bytes, mapped for reading.
-
-    Raises:
-        DataError: the file is missing, unreadable or empty.
-    """
-    try:
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
-                raise DataError(f"{path}: found 0 bytes, expected a tar archive; copy or write it again")
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such shard; check the path or fetch the file") from None
-    except OSError as error:
-        raise DataError(
-            f"{path}: the shard cannot be read ({error.strerror}); check that it is a file and its mode"
-        ) from None
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -153,7 +132,7 @@ def parse_members(data: bytes, key: str | None = None, where: str = "sample") ->
     return members
 
 
-def _walk(buffer: bytes | mmap.mmap, where: str, verify: bool = True) -> Iterator[TarMember]:
+def _walk(buffer: bytes | Buffer, where: str, verify: bool = True) -> Iterator[TarMember]:
     """Yields the regular files in `buffer`; offsets count from its start."""
     position, total = 0, len(buffer)
     first: int | None = None  # where the headers of the coming member start, if extension headers precede it

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from mmctx.datasets.contents import REASONS, Problem, parse_json, parse_segments, read_text, text_members
 from mmctx.datasets.measure import MemberReader
+from mmctx.datasets.storage import Shard, open_shard
 from mmctx.datasets.tar import group_samples, scan_tar
 from mmctx.errors import DataError, SampleError
 
@@ -76,7 +76,7 @@ class TokenCounter:
         return [len(e) for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
-def count_tokens(path: Path, samples: np.ndarray, counter: TokenCounter, texts: Sequence[str]) -> TokenCounts:
+def count_tokens(path: Shard, samples: np.ndarray, counter: TokenCounter, texts: Sequence[str]) -> TokenCounts:
     """Counts the tokens of every declared text of a shard that has been measured.
 
     Raises:
@@ -109,15 +109,15 @@ def count_tokens(path: Path, samples: np.ndarray, counter: TokenCounter, texts: 
 
 
 def _declared_texts(
-    path: Path, samples: np.ndarray, texts: Sequence[str], keys: list[str], problems: dict[int, Problem]
+    path: Shard, samples: np.ndarray, texts: Sequence[str], keys: list[str], problems: dict[int, Problem]
 ) -> Iterator[tuple[tuple[int, int, int], str]]:
     """Yields ((sample, column, kind), text), where kind is 0 for a plain text, 1 for a text segment and `MEDIA` for a media segment, whose
     text is empty; fills `keys` of all samples and `problems` of unusable texts.
     """
     wanted = text_members(texts)
     offsets, flags = samples["offset"].tolist(), samples["flag"].tolist()
-    with path.open("rb", buffering=0) as file:
-        reader = MemberReader(file.fileno(), str(path))
+    with open_shard(path) as file:
+        reader = MemberReader(file, str(path))
         for number, sample in enumerate(group_samples(scan_tar(path))):
             if number >= len(offsets) or sample.start != offsets[number]:
                 raise DataError(f"{path}: changed while it was being indexed; index it again when it is complete")

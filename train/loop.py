@@ -309,7 +309,7 @@ class Sitting:
             f"{self.run_dir}: {manifest['parameters']:,} parameters, {plan.num_samples:,} samples, "
             f"{plan.samples_per_step:.1f} of them a step"
         )
-        for warning in explain_left_out(plan):
+        for warning in explain_left_out(plan, self.data):
             self.bar.say(warning)
 
     def close(self) -> None:

@@ -24,7 +24,7 @@ def check_run(config: RunConfig) -> None:
     if unknown := [name for name in config.eval.suites if name not in SUITES]:
         raise ConfigError(f"eval.suites: no suite named {unknown[0]!r}; there are {', '.join(SUITES)}")
     for source in config.eval.sources.values():
-        expand_shards(source.shards)
+        expand_shards(source.shards, config.data.remote_cache)
     if missing := [name for name in ("jinja2", "jiwer") if find_spec(name) is None]:
         raise ConfigError(
             f"eval.sources is set, but {' and '.join(missing)} is not installed: pip install 'mmctx[eval]'"

@@ -17,6 +17,7 @@ from typing import Any, TextIO
 from accelerate import Accelerator
 from torch import Tensor
 
+from mmctx.datasets.assemble import RunData
 from mmctx.datasets.contents import REASONS
 from mmctx.datasets.plan import Plan
 from mmctx.errors import SkipBudgetError
@@ -181,8 +182,16 @@ def write_manifest(run_dir: Path, model: MmctxModel, plan: Plan, accelerator: Ac
     return manifest
 
 
-def explain_left_out(plan: Plan) -> Iterator[str]:
-    """A warning for each source that loses more than `data.skip_budget` of its samples before any is decoded."""
+def explain_left_out(plan: Plan, data: RunData) -> Iterator[str]:
+    """Warnings: sources that lose more than `data.skip_budget` of their samples before any is decoded; a quarantine of other shards."""
+    unmatched = data.quarantine.unmatched(
+        shard.content_hash for source, _ in data.dataset.sources for shard in source.shards
+    )
+    if unmatched:
+        yield (
+            f"WARNING: data.quarantine={data.config.quarantine}: {len(unmatched)} of {len(data.quarantine.entries)} entries are of shards "
+            f"that this run does not read or that have changed, first {unmatched[0].shard}; check the shards again"
+        )
     budget = plan.config.skip_budget
     for name, survey in zip(plan.names, plan.surveys, strict=True):
         reasons = Counter(survey.reasons)

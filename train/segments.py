@@ -17,7 +17,16 @@ from mmctx.datasets.plan import Plan, Start
 from mmctx.errors import CheckpointError, DataError
 from mmctx.train.config import RunConfig
 
-NO_CHANGE_OF_PLAN = ("num_workers", "prefetch", "cache_mb", "skip_budget", "tokenizer", "quarantine")
+NO_CHANGE_OF_PLAN = (
+    "num_workers",
+    "prefetch",
+    "cache_mb",
+    "remote_cache_dir",
+    "remote_cache_gb",
+    "skip_budget",
+    "tokenizer",
+    "quarantine",
+)
 """Keys of `data` that no batch depends on, and files that are known by their content, as shards are."""
 
 
@@ -29,7 +38,7 @@ class Segment:
         start: where it takes over.
         data: its configuration.
         fingerprints: content of the tokenizer and of each source, see `RunData.fingerprints`.
-        quarantine: fingerprint of what the quarantine file lists, empty without one.
+        quarantine: fingerprint of what the quarantine file lists.
     """
 
     start: Start
@@ -66,7 +75,7 @@ def continue_segments(
     Raises:
         CheckpointError: the tokenizer or the shards of a source are not those that the run has read so far.
     """
-    now = Segment(Start(), config.data, data.fingerprints, data.quarantine)
+    now = Segment(Start(), config.data, data.fingerprints, data.quarantine.fingerprint)
     if not earlier:
         return [now]
     last = earlier[-1]
@@ -109,7 +118,7 @@ def _changes(before: Segment, now: Segment) -> list[str]:
     a, b = _planned(before.data), _planned(now.data)
     lines = [f"data.{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
     if before.quarantine != now.quarantine:
-        lines.append(f"data.quarantine: content {before.quarantine or 'none'} -> {now.quarantine or 'none'}")
+        lines.append(f"data.quarantine: its content was {before.quarantine}, is {now.quarantine}")
     return lines
 
 

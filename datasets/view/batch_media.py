@@ -55,7 +55,7 @@ class BatchMedia:
         self._slots = {kind: found.slots.numpy() for kind, found in batch.media.items()}
         self._rows = {kind: found.rows.numpy() for kind, found in batch.media.items()}
         self._samples: dict[str, tuple[int, int]] = {}  # of two sources with one key, the first
-        for source, sample, _ in bin.samples:
+        for source, sample, _, _ in bin.samples:
             self._samples.setdefault(self._data.dataset.sources[source][0].locate(sample)[1], (source, sample))
 
     def slots(self, first: int, end: int) -> list[Slots]:

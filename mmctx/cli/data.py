@@ -13,29 +13,34 @@ from mmctx.cli.tables import check_table, stats_tables
 from mmctx.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mmctx.datasets.assemble import RunData
-    from mmctx.datasets.plan import Bin
-    from mmctx.pack import PackedBatch
+    from mmctx.datasets.storage import Shard
     from mmctx.tokenizer import TextTokenizer
     from mmctx.train.config import RunConfig
 
+YAML = (".yaml", ".yml")
+
 
 def data_index(
-    shards: Annotated[list[str], typer.Argument(help="Paths, with {0000..0099} braces or wildcards.")],
+    shards: Annotated[list[str], typer.Argument(help="Paths or urls, with {0000..0099} braces or wildcards.")],
     tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder, to count text tokens too.")] = None,
     text: Annotated[
         list[str] | None, typer.Option(help="Where texts stand: txt, json:names.zh. May be repeated.")
     ] = None,
     workers: Annotated[int, typer.Option(help="Processes; 0 for none besides this one.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Rebuild what looks fresh, too.")] = False,
+    remote_cache_dir: Annotated[
+        str | None, typer.Option(help="Of remote shards: as data.remote_cache_dir of the run.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write the sidecar index of each shard, where it is missing or stale."""
+    from mmctx.datasets.block_cache import BlockCache
     from mmctx.datasets.index import expand_shards, index_shards
     from mmctx.datasets.source import summarise
 
     loaded = _tokenizer(tokenizer)
-    paths = [path for pattern in shards for path in expand_shards(pattern)]
+    cache = BlockCache.at(remote_cache_dir)
+    paths = [path for pattern in shards for path in expand_shards(pattern, cache)]
     with progress_bars() as show:
         texts = tuple(text or ["txt"])
         indexed = index_shards(
@@ -108,11 +113,12 @@ def data_stats(
     if config is not None:
         from mmctx import api
         from mmctx.datasets.forecast import forecast
+        from mmctx.datasets.plan import Plan
 
         data = api.build_dataset(config)
-        made = data.dataset.preprocessors
+        made = data.dataset.tables[0].preprocessors
         sizes = {"image_tokens": made.image_tokens, "audio_tokens": made.audio_tokens}
-        forecasted = forecast(config.data, data, config.train.steps, config.train.seed)
+        forecasted = forecast(Plan(config.data, data.tables, config.train.seed), config.train.steps)
     sources = []
     with progress_bars() as show:
         for name, paths, options in _sources(shards, tokenizer, text, None):
@@ -132,9 +138,9 @@ def data_stats(
 
 
 def data_view(
-    target: Annotated[Path, typer.Argument(help="A shard, or a run's YAML.")],
+    target: Annotated[Path, typer.Argument(help="A shard, a run's YAML, or a run folder.")],
     overrides: Overrides = None,
-    step: Annotated[int, typer.Option(help="Of a run: the step whose batch is shown.")] = 0,
+    step: Annotated[int, typer.Option(help="Of a run: the step whose batch is shown, counted from 1.")] = 1,
     start: Annotated[int, typer.Option(help="Of a shard: number of the first sample.")] = 0,
     limit: Annotated[int | None, typer.Option(help="Samples of a shard (50), or documents of each bin (all).")] = None,
     text: Annotated[
@@ -146,8 +152,7 @@ def data_view(
     """Write one self-contained HTML page: the samples of a shard, or the packed batch of a run's step."""
     from mmctx.datasets.view.render import write_page
 
-    config = _config([str(target), *(overrides or [])])
-    if config is None:
+    if target.suffix not in YAML and not target.is_dir():
         from mmctx.datasets.view.shard_page import shard_page
 
         if overrides:
@@ -155,27 +160,18 @@ def data_view(
         page = shard_page(target, tuple(text or ["txt"]), start, 50 if limit is None else limit)
     else:
         from mmctx.datasets.view.batch_page import batch_page
+        from mmctx.train.replay import replay
 
-        data, bins, batches = global_batch(config, step)
-        page = batch_page(config.run.name, step, data, bins, batches, limit)
+        batch = replay(target, step, tuple(overrides or ()))
+        page = batch_page(target.stem, step, batch.data, batch.bins, batch.batches, limit)
     write_page(out, page)
     answer = {"page": str(out), "bytes": out.stat().st_size}
     print_answer(answer, as_json, table(answer))
 
 
-def global_batch(config: RunConfig, step: int) -> tuple[RunData, list[Bin], list[PackedBatch]]:
-    """What one step of a run reads: its bins, and the packed batch of each."""
-    from mmctx import api
-    from mmctx.datasets.plan import Plan
-
-    data = api.build_dataset(config)
-    bins = Plan(config.data, data.tables, config.train.seed).step(step)
-    return data, bins, [data.dataset[bin] for bin in bins]
-
-
 def _sources(
     arguments: list[str], tokenizer: Path | None, texts: list[str] | None, context_length: int | None
-) -> list[tuple[str, list[Path], dict[str, Any]]]:
+) -> list[tuple[str, list[Shard], dict[str, Any]]]:
     """(name, shards, texts and tokenizer) of each source: those of a run's config, or one of the shards given."""
     from mmctx.datasets.index import expand_shards
 
@@ -194,14 +190,14 @@ def _sources(
     shared |= {"context_length": context_length or config.data.context_length}
     held_out = {f"{name} (held out)": source for name, source in config.eval.sources.items()}
     return [
-        (name, expand_shards(source.shards), shared | {"texts": source.texts})
+        (name, expand_shards(source.shards, config.data.remote_cache), shared | {"texts": source.texts})
         for name, source in (config.data.sources | held_out).items()
     ]
 
 
 def _config(arguments: list[str]) -> RunConfig | None:
     """The run's config if the first argument names a YAML file; the others are its overrides then."""
-    if Path(arguments[0]).suffix not in (".yaml", ".yml"):
+    if Path(arguments[0]).suffix not in YAML:
         return None
     from mmctx import api
 

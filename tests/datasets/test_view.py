@@ -20,9 +20,7 @@ from make_shards import encode_audio, encode_image, make_document, make_triples,
 from plant import plain, plant
 from typer.testing import CliRunner
 
-from mmctx import api
 from mmctx.cli import app
-from mmctx.cli.data import global_batch
 from mmctx.datasets.view.batch_media import BatchMedia
 from mmctx.datasets.view.batch_page import batch_page
 from mmctx.datasets.view.media import power_levels
@@ -31,6 +29,7 @@ from mmctx.datasets.view.shard_page import shard_page
 from mmctx.datasets.view.tokens import TokenReader, read_document
 from mmctx.errors import ConfigError
 from mmctx.pack import IGNORE_INDEX
+from mmctx.train.replay import replay
 
 NASTY = (
     "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">\x00\x1b[2J\u202e"
@@ -83,7 +82,8 @@ def step(corpus: Path, tmp_path_factory: pytest.TempPathFactory):
 
     config = tmp_path_factory.mktemp("view") / "run.yaml"
     config.write_text(yaml.safe_dump(tiny_tree(corpus, config.parent / "runs")))
-    return global_batch(api.load_config(config), 1)
+    batch = replay(config, 1)
+    return batch.data, batch.bins, batch.batches
 
 
 def test_a_shard_page_shows_every_sample(tmp_path: Path) -> None:
