@@ -6,17 +6,16 @@ import bisect
 import os
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mmctx.datasets.contents import REASONS
 from mmctx.datasets.measure import MEDIA_KINDS
 from mmctx.datasets.sidecar import ShardIndex
-from mmctx.datasets.tar import parse_members
+from mmctx.datasets.tar import parse_members, quick_members
 from mmctx.errors import DataError
 from mmctx.sample import SampleSizes
 
@@ -27,8 +26,7 @@ _OPEN_FILES = 64
 _STALE = "the index is stale, rebuild it with `mmctx data index --force`"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class RawSample:
+class RawSample(NamedTuple):
     """The bytes of one sample, not yet decoded.
 
     Attributes:
@@ -40,6 +38,15 @@ class RawSample:
     key: str
     shard: str
     members: dict[str, bytes]
+
+
+class _OpenShard(NamedTuple):
+    """What reading a sample needs of its shard."""
+
+    path: str
+    file: FileIO
+    samples: np.ndarray
+    keys: np.ndarray
 
 
 class Source:
@@ -66,7 +73,7 @@ class Source:
             raise DataError(
                 f"source {name!r}: its {len(self.shards)} shards hold no samples; check data.sources.{name}.shards"
             )
-        self._files: OrderedDict[str, FileIO] = OrderedDict()
+        self._files: OrderedDict[int, _OpenShard] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_files": OrderedDict()}
@@ -128,7 +135,8 @@ class Source:
 
     def locate(self, sample_id: int) -> tuple[Path, str]:
         """(shard, key) of a sample."""
-        shard, local = self._find(sample_id)
+        number, local = self._find(sample_id)
+        shard = self.shards[number]
         return shard.path, shard.keys[local].decode("utf-8", "surrogateescape")
 
     def read(self, sample_id: int) -> RawSample:
@@ -138,29 +146,31 @@ class Source:
             DataError: the shard is missing, cut short, or no longer what was indexed.
             SampleError: ``duplicate_member``.
         """
-        shard, local = self._find(sample_id)
-        path, key = str(shard.path), shard.keys[local].decode("utf-8", "surrogateescape")
-        entry = shard.samples[local]
-        offset, size = int(entry["offset"]), int(entry["size"])
-        file = self._open(path)  # held until the read is over: another thread may evict it meanwhile
+        number, local = self._find(sample_id)
+        path, file, samples, keys = self._open(number)  # held until the read is over: another thread may evict it
+        key, (offset, size, *_) = keys[local], samples.item(local)
         data = os.pread(file.fileno(), size, offset)
+        name = key.decode("utf-8", "surrogateescape")
         if len(data) != size:
             raise DataError(
-                f"{path}: offset {offset}: sample {key!r} should have {size} bytes, found {len(data)}; {_STALE}"
+                f"{path}: offset {offset}: sample {name!r} should have {size} bytes, found {len(data)}; {_STALE}"
             )
-        try:
-            members = parse_members(data, key=key, where=f"{path} at offset {offset}")
-        except DataError as error:
-            if type(error) is not DataError:  # a SampleError says what is wrong with the sample itself
-                raise
-            raise DataError(f"{error}; {_STALE}") from None
-        return RawSample(key, path, members)
+        members = quick_members(data, key)
+        if members is None:
+            try:
+                members = parse_members(data, key=name, where=f"{path} at offset {offset}")
+            except DataError as error:
+                if type(error) is not DataError:  # a SampleError says what is wrong with the sample itself
+                    raise
+                raise DataError(f"{error}; {_STALE}") from None
+        return RawSample(name, path, members)
 
-    def _find(self, sample_id: int) -> tuple[ShardIndex, int]:
-        if not 0 <= sample_id < self.num_samples:
+    def _find(self, sample_id: int) -> tuple[int, int]:
+        """(number of the shard, number of the sample inside it)."""
+        if not 0 <= sample_id < self._starts[-1]:
             raise IndexError(f"source {self.name!r}: sample {sample_id} is not among 0..{self.num_samples - 1}")
         number = bisect.bisect_right(self._starts, sample_id) - 1
-        return self.shards[number], int(sample_id) - self._starts[number]
+        return number, int(sample_id) - self._starts[number]
 
     def _by_shard(self, ids: np.ndarray) -> Iterator[tuple[ShardIndex, np.ndarray, np.ndarray]]:
         """(shard, positions in `ids`, numbers inside the shard) for each shard that `ids` touch."""
@@ -181,20 +191,21 @@ class Source:
             )
         return tokens
 
-    def _open(self, path: str) -> FileIO:
-        """Evicted files close when their last reader lets go, so that threads may share a source."""
-        file = self._files.pop(path, None)
-        if file is None:
+    def _open(self, number: int) -> _OpenShard:
+        """The first opened are evicted first; they close when their last reader lets go, so threads may share a source."""
+        opened = self._files.get(number)
+        if opened is None:
+            shard = self.shards[number]
             try:
-                file = FileIO(path)
+                file = FileIO(shard.path)
             except OSError as error:
                 raise DataError(
-                    f"{path}: cannot be opened ({error.strerror}); restore the shard or remove it from the source"
+                    f"{shard.path}: cannot be opened ({error.strerror}); restore the shard or remove it from the source"
                 ) from None
-        self._files[path] = file
-        while len(self._files) > _OPEN_FILES:
-            self._files.popitem(last=False)
-        return file
+            self._files[number] = opened = _OpenShard(str(shard.path), file, shard.samples, shard.keys)
+            while len(self._files) > _OPEN_FILES:
+                self._files.popitem(last=False)
+        return opened
 
 
 def summarise(shards: Sequence[ShardIndex]) -> dict[str, Any]:
