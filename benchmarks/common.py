@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-CACHE = Path(__file__).resolve().parent.parent / ".bench"
-"""Environments of peers; safe to delete."""
+CACHE = Path(os.environ.get("MMCTX_BENCH", Path(__file__).resolve().parent.parent / ".bench"))
+"""Environments of peers, or where MMCTX_BENCH says; safe to delete."""
 
 _WORDS = "a the red small old two of over near quiet dog bridge river lamp garden street window boat hill cup"
 

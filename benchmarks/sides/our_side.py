@@ -27,7 +27,7 @@ def build(folder: Path, batch_size: int) -> RunData:
     config = DataConfig(
         tokenizer=str(folder / "tokenizer"),
         sources={"photos": SourceConfig(shards=str(folder / "*.tar"), objectives=("captioning",))},
-        context_length=512,
+        context_length=256,  # a picture of 49 tokens, a caption of at most 20
         bin_tokens=64 * batch_size,
         window_steps=4,
     )

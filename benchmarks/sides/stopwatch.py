@@ -1,4 +1,4 @@
-"""Times one side of `image_text.py` in its own process: the first batch, then a steady stretch. Imports nothing of ours."""
+"""Times the sides of `image_text.py` and `resume.py`, each in its own process. Imports nothing of ours."""
 
 from __future__ import annotations
 
@@ -8,34 +8,40 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 
+class Laps:
+    """Seconds of one stretch after another, by the clock and by the processor.
+
+    A side is one process of one thread, so on a shared machine the processor's time is the steadier of the two.
+    """
+
+    def __init__(self) -> None:
+        self.times: dict[str, dict[str, float]] = {}
+        self._since = time.perf_counter(), time.process_time()
+
+    def lap(self, name: str, share: int = 1) -> None:
+        """Ends a stretch; what it took is divided by `share`."""
+        now = time.perf_counter(), time.process_time()
+        passed = [(after - before) / share for before, after in zip(self._since, now, strict=True)]
+        self.times[name] = dict(zip(("clock", "processor"), passed, strict=True))
+        self._since = now
+
+
 def measure(build: Callable[[], Iterable[Any]], use: Callable[[Any], int], num_samples: int) -> None:
     """Prints the seconds of three stretches: building the pipeline, its first batch, and after that each sample.
 
-    Each by the clock and by the processor: a side is one process of one thread, so on a shared machine the processor's time is the
-    steadier of the two. Imports are over by now.
-
     Args:
-        build: everything between shards and an iterable of batches.
+        build: everything between shards and an iterable of batches; imports are over by now.
         use: makes of a batch what a model takes; returns how many samples it holds.
         num_samples: to read after the first batch.
     """
-    times: dict[str, dict[str, float]] = {}
-
-    def lap(name: str, share: int = 1) -> None:
-        nonlocal since
-        now = time.perf_counter(), time.process_time()
-        passed = [(after - before) / share for before, after in zip(since, now, strict=True)]
-        times[name] = dict(zip(("clock", "processor"), passed, strict=True))
-        since = now
-
-    since = time.perf_counter(), time.process_time()
+    laps = Laps()
     loader = build()
-    lap("build")
+    laps.lap("build")
     batches = iter(loader)
     use(next(batches))
-    lap("first_batch")
+    laps.lap("first_batch")
     count = 0
     while count < num_samples:
         count += use(next(batches))
-    lap("sample", count)
-    print(json.dumps(times))
+    laps.lap("sample", count)
+    print(json.dumps(laps.times))
