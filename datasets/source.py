@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import bisect
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,7 +14,7 @@ from mmctx.datasets.measure import MEDIA_DTYPE, MEDIA_KINDS
 from mmctx.datasets.quarantine import Quarantine
 from mmctx.datasets.sidecar import ShardIndex
 from mmctx.datasets.storage import Shard, ShardFile, is_local, open_shard, prefetch
-from mmctx.datasets.tar import parse_members
+from mmctx.datasets.tar import parse_members, quick_members
 from mmctx.datasets.tokens import MEDIA
 from mmctx.errors import DataError
 from mmctx.sample import SampleSizes
@@ -27,8 +26,7 @@ _OPEN_FILES = 64
 _STALE = "the index is stale, rebuild it with `mmctx data index --force`"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class RawSample:
+class RawSample(NamedTuple):
     """The bytes of one sample, not yet decoded.
 
     Attributes:
@@ -40,6 +38,15 @@ class RawSample:
     key: str
     shard: str
     members: dict[str, bytes]
+
+
+class _OpenShard(NamedTuple):
+    """What reading a sample needs of its shard."""
+
+    path: str
+    file: ShardFile
+    samples: np.ndarray
+    keys: np.ndarray
 
 
 class Source:
@@ -74,7 +81,7 @@ class Source:
                 f"source {name!r}: its {len(self.shards)} shards hold no samples; check data.sources.{name}.shards"
             )
         self._quarantine = quarantine or Quarantine(())
-        self._files: OrderedDict[str, ShardFile] = OrderedDict()
+        self._files: OrderedDict[int, _OpenShard] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_files": OrderedDict()}
@@ -152,7 +159,8 @@ class Source:
         self, sample_id: int, image_tokens: MediaTokens, audio_tokens: MediaTokens
     ) -> tuple[np.ndarray, np.ndarray]:
         """Tokens (m,) of an interleaved document's segments and their kinds (m,), -1 for text or the position in `MEDIA_KINDS`."""
-        shard, local = self._find(sample_id)
+        number, local = self._find(sample_id)
+        shard = self.shards[number]
         rows = shard.segments
         first, stop = np.searchsorted(rows["sample"], [local, local + 1])
         tokens = rows["tokens"][first:stop].astype(np.int64)
@@ -168,7 +176,8 @@ class Source:
 
     def problem(self, sample_id: int) -> str:
         """What indexing found wrong with a sample, or that it is quarantined; empty if nothing."""
-        shard, local = self._find(sample_id)
+        number, local = self._find(sample_id)
+        shard = self.shards[number]
         if local in self._quarantine.numbers(shard.content_hash):
             return "listed in data.quarantine"
         key = shard.keys[local].decode("utf-8", "surrogateescape")
@@ -176,7 +185,8 @@ class Source:
 
     def locate(self, sample_id: int) -> tuple[Shard, str]:
         """(shard, key) of a sample."""
-        shard, local = self._find(sample_id)
+        number, local = self._find(sample_id)
+        shard = self.shards[number]
         return shard.path, shard.keys[local].decode("utf-8", "surrogateescape")
 
     def read(self, sample_id: int) -> RawSample:
@@ -186,23 +196,24 @@ class Source:
             DataError: the shard is missing, cut short, or no longer what was indexed.
             SampleError: ``duplicate_member``.
         """
-        shard, local = self._find(sample_id)
-        path, key = str(shard.path), shard.keys[local].decode("utf-8", "surrogateescape")
-        entry = shard.samples[local]
-        offset, size = int(entry["offset"]), int(entry["size"])
-        file = self._open(path, shard.path)  # held until the read is over: another thread may evict it meanwhile
+        number, local = self._find(sample_id)
+        path, file, samples, keys = self._open(number)  # held until the read is over: another thread may evict it
+        key, (offset, size, *_) = keys[local], samples.item(local)
         data = file.read_at(offset, size)
+        name = key.decode("utf-8", "surrogateescape")
         if len(data) != size:
             raise DataError(
-                f"{path}: offset {offset}: sample {key!r} should have {size} bytes, found {len(data)}; {_STALE}"
+                f"{path}: offset {offset}: sample {name!r} should have {size} bytes, found {len(data)}; {_STALE}"
             )
-        try:
-            members = parse_members(data, key=key, where=f"{path} at offset {offset}")
-        except DataError as error:
-            if type(error) is not DataError:  # a SampleError says what is wrong with the sample itself
-                raise
-            raise DataError(f"{error}; {_STALE}") from None
-        return RawSample(key, path, members)
+        members = quick_members(data, key)
+        if members is None:
+            try:
+                members = parse_members(data, key=name, where=f"{path} at offset {offset}")
+            except DataError as error:
+                if type(error) is not DataError:  # a SampleError says what is wrong with the sample itself
+                    raise
+                raise DataError(f"{error}; {_STALE}") from None
+        return RawSample(name, path, members)
 
     def prefetch(self, ids: Iterable[int]) -> None:
         """Brings what samples need of remote shards near, several requests at once, so that reading them does not wait.
@@ -210,20 +221,20 @@ class Source:
         Raises:
             DataError: a shard changed, or its server cannot be reached.
         """
-        ranges: dict[str, tuple[Shard, list[tuple[int, int]]]] = {}
+        ranges: dict[int, list[tuple[int, int]]] = {}
         for sample_id in ids:
-            shard, local = self._find(sample_id)
-            if not is_local(shard.path):
-                entry = shard.samples[local]
-                mine = ranges.setdefault(str(shard.path), (shard.path, []))[1]
-                mine.append((int(entry["offset"]), int(entry["size"])))
-        prefetch((self._open(path, shard), mine) for path, (shard, mine) in ranges.items())
+            number, local = self._find(sample_id)
+            if not is_local(self.shards[number].path):
+                offset, size, *_ = self._open(number).samples.item(local)
+                ranges.setdefault(number, []).append((offset, size))
+        prefetch((self._open(number).file, mine) for number, mine in ranges.items())
 
-    def _find(self, sample_id: int) -> tuple[ShardIndex, int]:
-        if not 0 <= sample_id < self.num_samples:
+    def _find(self, sample_id: int) -> tuple[int, int]:
+        """(number of the shard, number of the sample inside it)."""
+        if not 0 <= sample_id < self._starts[-1]:
             raise IndexError(f"source {self.name!r}: sample {sample_id} is not among 0..{self.num_samples - 1}")
         number = bisect.bisect_right(self._starts, sample_id) - 1
-        return self.shards[number], int(sample_id) - self._starts[number]
+        return number, int(sample_id) - self._starts[number]
 
     def _by_shard(self, ids: np.ndarray) -> Iterator[tuple[ShardIndex, np.ndarray, np.ndarray]]:
         """(shard, positions in `ids`, numbers inside the shard) for each shard that `ids` touch."""
@@ -244,39 +255,16 @@ class Source:
             )
         return tokens
 
-    def _open(self, path: str, shard: Shard) -> ShardFile:
-        """Evicted files close when their last reader lets go, so that threads may share a source."""
-        file = self._files.pop(path, None) or open_shard(shard)
-        self._files[path] = file
-        while len(self._files) > _OPEN_FILES:
-            self._files.popitem(last=False)
-        return file
-
-
-def summarise(shards: Sequence[ShardIndex]) -> dict[str, Any]:
-    """Counts over indexed shards: samples, media, hours of sound, text tokens, and problems by reason."""
-    reasons: Counter[str] = Counter()
-    media: Counter[str] = Counter()
-    tokens, hours = 0, 0.0
-    for shard in shards:
-        rows = shard.media
-        reasons.update(problem.reason for problem in shard.problems())
-        media.update({kind: int((rows["kind"] == code).sum()) for code, kind in enumerate(MEDIA_KINDS)})
-        clips = rows[rows["kind"] == MEDIA_KINDS.index("audio")]
-        hours += float((clips["a"] / clips["b"]).sum()) / 3600
-        if shard.tokens is not None:
-            tokens += int(np.maximum(shard.tokens, 0).sum(dtype=np.int64))
-    num_samples = sum(shard.num_samples for shard in shards)
-    return {
-        "shards": len(shards),
-        "samples": num_samples,
-        "usable": num_samples - reasons.total(),
-        "pictures": media["image"],
-        "clips": media["audio"],
-        "hours of sound": hours,
-        "text tokens": tokens,
-        "problems": dict(reasons),
-    }
+    def _open(self, number: int) -> _OpenShard:
+        """The first opened are evicted first; they close when their last reader lets go, so threads may share a source."""
+        opened = self._files.get(number)
+        if opened is None:
+            shard = self.shards[number]
+            opened = _OpenShard(str(shard.path), open_shard(shard.path), shard.samples, shard.keys)
+            self._files[number] = opened
+            while len(self._files) > _OPEN_FILES:
+                self._files.popitem(last=False)
+        return opened
 
 
 def _rows(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -6,7 +6,10 @@ the base name.
 
 from __future__ import annotations
 
+import struct
+import zlib
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 from mmctx.datasets.storage import Buffer, Shard, map_file
@@ -15,6 +18,11 @@ from mmctx.errors import DataError, SampleError
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
 _REGULAR = b"0\x007"  # regular, regular of pre-POSIX archives, contiguous
+_PAX = ord("x")  # what the next member's own header has no room for
+_TIME_ALONE = tuple(b"%d mtime=" % size for size in range(100))  # how a header of that size with one record begins
+_plain_fields = struct.Struct(
+    "100s 24x 11s 21x B 188x B"
+).unpack_from  # name, size, type, first byte of the name's prefix
 _CUT_SHORT = "the file was cut short; copy or write it again"
 _NOT_TAR = "a compressed shard must be decompressed, a damaged one copied or written again"
 
@@ -103,6 +111,52 @@ def group_samples(members: Iterable[TarMember]) -> Iterator[TarSample]:
         yield sample
 
 
+def quick_members(data: bytes, key: bytes) -> dict[str, bytes] | None:
+    """`parse_members` for what nearly all shards hold: every member named ``key.extension`` in its own header.
+
+    Reading a sample is mostly this loop, so it looks at nothing that such members do not need.
+
+    Args:
+        data: bytes from `TarSample.start` to `TarSample.end`.
+        key: of the sample, as the index has it.
+
+    Returns:
+        The members, or None for anything out of the ordinary: `parse_members` reads it, or says what is wrong.
+    """
+    prefix = key + b"."
+    named, total, position = len(prefix), len(data), 0
+    members: dict[str, bytes] = {}
+    while position < total:
+        try:
+            name, digits, kind, continued = _plain_fields(data, position)
+            size = int(digits, 8)
+        except (struct.error, ValueError):
+            return None
+        offset = position + BLOCK
+        end = offset + size
+        if not offset <= end <= total:
+            return None
+        position = end + -size % BLOCK
+        if kind == _PAX:  # WebDataset's writer puts one before each member, for the fraction of its time stamp
+            if size >= len(_TIME_ALONE) or not data.startswith(_TIME_ALONE[size], offset):
+                return None
+            continue
+        if continued or kind not in _REGULAR or not name.startswith(prefix):
+            return None
+        extension = _extension(name[named:])
+        if extension is None or extension in members:
+            return None
+        members[extension] = data[offset:end]
+    return members or None
+
+
+@lru_cache(maxsize=1024)
+def _extension(field: bytes) -> str | None:
+    """The extension in what follows the key in a name's field; None where a folder follows. Few are ever seen."""
+    extension = _text(field).lower()
+    return None if "/" in extension else extension
+
+
 def parse_members(data: bytes, key: str | None = None, where: str = "sample") -> dict[str, bytes]:
     """The members in one sample's byte range, by lower-cased extension.
 
@@ -140,9 +194,8 @@ def _walk(buffer: bytes | Buffer, where: str, verify: bool = True) -> Iterator[T
     while position < total:
         block = buffer[position : position + BLOCK]
         if len(block) < BLOCK:
-            raise DataError(
-                f"{where}: offset {position}: expected a {BLOCK}-byte header, found {len(block)} bytes; {_CUT_SHORT}"
-            )
+            found = f"expected a {BLOCK}-byte header, found {len(block)} bytes"
+            raise DataError(f"{where}: offset {position}: {found}; {_CUT_SHORT}")
         if block == _ZEROS:
             break
         if verify:
@@ -159,7 +212,9 @@ def _walk(buffer: bytes | Buffer, where: str, verify: bool = True) -> Iterator[T
             raise DataError(f"{where}: offset {offset}: {found}; {_CUT_SHORT}")
         position = offset + (size + BLOCK - 1) // BLOCK * BLOCK
         if kind == b"x":
-            extended |= _pax_records(buffer[offset : offset + size], where, offset)
+            records = buffer[offset : offset + size]
+            if size >= len(_TIME_ALONE) or not records.startswith(_TIME_ALONE[size]):
+                extended |= _pax_records(records, where, offset)
             continue
         if kind == b"L":
             extended["path"] = _text(buffer[offset : offset + size])
@@ -178,9 +233,11 @@ def _walk(buffer: bytes | Buffer, where: str, verify: bool = True) -> Iterator[T
 
 
 def _verify_checksum(block: bytes, where: str, position: int) -> None:
-    found = sum(block) - sum(block[148:156]) + 8 * 0x20  # the field itself counts as spaces
     expected = _number(block[148:156], where, position)
-    if found != expected:
+    others = expected - 8 * 0x20  # the field itself counts as spaces
+    # The lower half of Adler-32 is one more than the sum of the bytes, modulo 65,521: twenty times as fast as `sum`.
+    if zlib.adler32(block) & 0xFFFF != (others + sum(block[148:156]) + 1) % 65521:
+        found = sum(block) - sum(block[148:156]) + 8 * 0x20
         raise DataError(f"{where}: offset {position}: header checksum should be {expected}, found {found}; {_NOT_TAR}")
 
 
@@ -189,7 +246,10 @@ def _number(field: bytes, where: str, position: int) -> int:
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     try:
-        return int(field.strip(b" \0") or b"0", 8)
+        number = int(field.strip(b" \0") or b"0", 8)
+        if number < 0:
+            raise ValueError
+        return number
     except ValueError:
         raise DataError(
             f"{where}: offset {position}: header number should be octal, found {field!r}; {_NOT_TAR}"

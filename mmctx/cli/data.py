@@ -36,7 +36,7 @@ def data_index(
     """Write the sidecar index of each shard, where it is missing or stale."""
     from mmctx.datasets.block_cache import BlockCache
     from mmctx.datasets.index import expand_shards, index_shards
-    from mmctx.datasets.source import summarise
+    from mmctx.datasets.summary import summarise
 
     loaded = _tokenizer(tokenizer)
     cache = BlockCache.at(remote_cache_dir)

@@ -70,12 +70,13 @@ def stats_tables(sources: Sequence[SourceStats], forecast: Mapping[str, Any] | N
     if forecast is not None:
         per_bin = forecast["tokens_per_bin"]
         parts.append(
-            f"packing: bins of {per_bin['bin_tokens']:,} tokens are filled to {forecast['fill']:.1%} "
-            f"(fullest {per_bin['max'] / per_bin['bin_tokens']:.1%}), {forecast['samples_per_step']:,.1f} samples a step, "
-            f"{forecast['steps']:,} steps are {forecast['epochs']:.3g} epochs"
+            f"packing: bins of {per_bin['limit']:,} tokens are filled to {forecast['fill']:.1%} "
+            f"(fullest {per_bin['max'] / per_bin['limit']:.1%}), {forecast['samples_per_step']:,.1f} samples a step"
         )
-        if forecast["left_out"]:
-            parts.append("left out: " + ", ".join(f"{n:,} {reason}" for reason, n in forecast["left_out"].items()))
+        for name, source in forecast["sources"].items():
+            left_out = ", ".join(f"{count} {reason}" for reason, count in source["left_out"].items())
+            note = f", left out: {left_out}" if left_out else ""
+            parts.append(f"{name}: {forecast['steps']:,} steps are {source['epochs']:.3g} epochs{note}")
     return rendered(*parts)
 
 

@@ -92,7 +92,8 @@ def next_token_labels(input_ids: np.ndarray, placeholder_ids: Mapping[str, int])
     """(L,) labels: each position predicts the next token of its document, unless that is media. The last predicts nothing."""
     labels = np.full_like(input_ids, IGNORE_INDEX)
     labels[:-1] = input_ids[1:]
-    labels[np.isin(labels, list(placeholder_ids.values()))] = IGNORE_INDEX
+    for placeholder in placeholder_ids.values():  # np.isin takes longer to start than these few ids take
+        labels[labels == placeholder] = IGNORE_INDEX
     return labels
 
 

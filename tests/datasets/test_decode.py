@@ -40,6 +40,51 @@ def test_jpeg_as_pillow_reads_it(tmp_path, mode):
     np.testing.assert_array_equal(as_array(decode_image(data)), expected)
 
 
+@pytest.fixture(params=["simplejpeg", "Pillow alone"])
+def decoders(request, monkeypatch):
+    """Both ways to read a JPEG."""
+    if request.param == "simplejpeg":
+        pytest.importorskip("simplejpeg")
+    else:
+        monkeypatch.setattr("mmctx.datasets.decode.simplejpeg", None)
+
+
+@pytest.mark.usefixtures("decoders")
+@pytest.mark.parametrize("quality", [10, 75, 95])
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_both_decoders_give_pillows_pixels(tmp_path, quality, subsampling, progressive):
+    pixels = np.asarray(Image.fromarray(random_pixels(4, 9, 13)).resize((131, 89)))
+    options = {"quality": quality, "subsampling": subsampling, "progressive": progressive}
+    data = encode_image(pixels, "JPEG", **options)
+    (tmp_path / "x.jpg").write_bytes(data)
+    np.testing.assert_array_equal(as_array(decode_image(data)), np.array(Image.open(tmp_path / "x.jpg")))
+
+
+def test_damaged_jpegs_fare_as_with_pillow_alone(monkeypatch):
+    pytest.importorskip("simplejpeg")
+    rng = np.random.default_rng(0)
+    whole = encode_image(np.asarray(Image.fromarray(random_pixels(4, 9, 13)).resize((131, 89))), "JPEG")
+    damaged = []
+    for _ in range(150):
+        data = bytearray(whole)
+        for position in rng.integers(2, len(data), 3):
+            data[position] = rng.integers(256)
+        damaged.append(bytes(data))
+
+    def outcomes():
+        for data in damaged:
+            try:
+                yield as_array(decode_image(data)).tobytes()
+            except SampleError as error:
+                yield error.reason
+
+    found = list(outcomes())
+    monkeypatch.setattr("mmctx.datasets.decode.simplejpeg", None)
+    assert found == list(outcomes())
+    assert 10 < found.count("undecodable_image") < 140, "the damage should be neither harmless nor fatal throughout"
+
+
 @pytest.mark.parametrize("mode", ["P", "L", "1"])
 def test_png_modes_become_rgb(mode):
     expected = np.array(Image.fromarray(PIXELS).convert(mode).convert("RGB"))

@@ -12,7 +12,8 @@ import webdataset
 from make_shards import area, clip_length, make_document, make_triples, write_shard
 
 from mmctx.datasets.index import index_shard, index_shards
-from mmctx.datasets.source import Source, summarise
+from mmctx.datasets.source import Source
+from mmctx.datasets.summary import summarise
 from mmctx.errors import DataError
 
 TEXTS = ("txt", "json:names.zh", "json:names.fr")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from make_shards import make_triples, write_shard
 from webdataset.tariterators import base_plus_ext
 
-from mmctx.datasets.tar import BLOCK, group_samples, parse_members, scan_tar, split_name
+from mmctx.datasets.tar import BLOCK, group_samples, parse_members, quick_members, scan_tar, split_name
 from mmctx.errors import DataError, SampleError
 
 
@@ -206,3 +206,54 @@ def test_parse_members_refuses_other_keys_and_duplicates(tmp_path):
         parse_members(data, key="b")
     with pytest.raises(DataError, match="expected members of 'b', found none"):
         parse_members(bytes(1024), key="b")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@given(
+    key=st.text("ab/é", min_size=1, max_size=120).map(lambda text: f"k{text}k"),
+    members=st.dictionaries(st.sampled_from(["txt", "left.png", "JPG", "d/txt"]), st.binary(max_size=700), min_size=1),
+    mtime=st.sampled_from([0, 1.5]),
+)
+@settings(max_examples=60, deadline=None)
+def test_quick_members_reads_the_same_or_leaves_it_to_parse_members(tmp_path_factory, format, key, members, mtime):
+    path = tmp_path_factory.getbasetemp() / "quick.tar"
+    with tarfile.open(path, "w", format=format) as archive:
+        for extension, data in members.items():
+            info = tarfile.TarInfo(f"{key}.{extension}")
+            info.size, info.mtime = len(data), mtime
+            try:
+                archive.addfile(info, io.BytesIO(data))
+            except ValueError:  # this format has no room for the name
+                return
+    for sample in group_samples(scan_tar(path)):
+        data = path.read_bytes()[sample.start : sample.end]
+        found = quick_members(data, sample.key.encode())
+        assert found in (None, parse_members(data, key=sample.key))
+        if len(key) < 40 and key.isascii() and "d/txt" not in members:
+            assert found is not None, "the ordinary case must be the quick one"
+
+
+def test_quick_members_leaves_all_else_to_parse_members(tmp_path):
+    data = write_tar(tmp_path / "x.tar", [("a.txt", b"x"), ("a.TXT", b"y")], tarfile.USTAR_FORMAT).read_bytes()
+    one = data[: BLOCK + 1]
+    assert quick_members(one, b"a") == {"txt": b"x"}
+    wrong_size = bytearray(one)
+    wrong_size[124:135] = b"-0000000777"
+    renamed = tarfile.TarInfo("a.txt")
+    renamed.pax_headers = {"path": "b.txt"}
+    other_kind = tarfile.TarInfo("a.txt")
+    other_kind.type = tarfile.SYMTYPE
+    for bad, key in [
+        (data[: 3 * BLOCK + 1], b"a"),  # the extension twice
+        (one, b"b"),
+        (one[:-1], b"a"),
+        (one[:400], b"a"),
+        (bytes(1024), b"a"),
+        (b"", b"a"),
+        (bytes(wrong_size), b"a"),
+        (renamed.tobuf(tarfile.PAX_FORMAT), b"a"),
+        (other_kind.tobuf(tarfile.USTAR_FORMAT), b"a"),
+    ]:
+        assert quick_members(bad, key) is None
+    with pytest.raises(DataError, match=r"header number should be octal, found b'-0000000777"):
+        parse_members(bytes(wrong_size))

@@ -1,0 +1,61 @@
+"""Every benchmark of the data path runs at tiny size and reports what it promises. Times are not looked at."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]  # many fresh processes, each with its imports
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+def run(script: str, **environment: str) -> dict:
+    pytest.importorskip("open_clip")
+    command = [sys.executable, str(BENCHMARKS / script), "--quick", "--json", "--repeats", "1"]
+    path = os.pathsep.join([str(BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=BENCHMARKS.parent,
+        env={**os.environ, "PYTHONPATH": path} | environment,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout)
+    assert result["machine"]["cores"] == os.cpu_count()
+    assert "mmctx" in result["versions"]
+    return result
+
+
+def test_tar_read():
+    result = run("tar_read.py")
+    assert set(result["shards"]) == {"image", "token", "plain token"}
+    for found in result["shards"].values():
+        assert found["samples_per_second"].keys() - {"webdataset"} == found["times_faster"].keys()
+        assert all(ratio["best"] > 0 for ratio in found["times_faster"].values())
+    assert result["bars"] == {"image": 6.0, "token": 18.0}
+
+
+def test_image_text_says_why_a_peer_is_left_out(tmp_path):
+    """pip is told to look nowhere, so the peers' environments cannot be made."""
+    result = run(
+        "image_text.py", MMCTX_BENCH=str(tmp_path), PIP_NO_INDEX="1", PIP_FIND_LINKS="", PIP_CONFIG_FILE=os.devnull
+    )
+    assert set(result["skipped"]) == {"open_clip", "energon"}
+    assert all("pip install" in reason for reason in result["skipped"].values())
+    assert set(result["samples_per_second"]) == {"float", "uint8"} == set(result["first_batch_seconds"])
+    assert result["against"] == {}
+
+
+def test_resume():
+    result = run("resume.py")
+    assert result["bit_identical"]
+    assert {f"ours {k}" for k in (0, 2, 5, 1000)} <= set(result["seconds"])
+    assert {f"accelerate {k}" for k in (0, 2, 5)} <= set(result["seconds"])
+    assert set(result["ours_over_cold"]["clock"]["seek"]) == {"2", "5", "1000"}
