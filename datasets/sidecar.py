@@ -224,13 +224,14 @@ def _copy_uploaded(path: Shard, stale: int | None) -> bool:
 
     Size and both ends of the shard tell. Every sample is compared with its key when it is read, too.
     """
-    found = uploaded_index(path, "meta.json")
     try:
-        meta = json.loads(found or b"{}")
-    except ValueError:
+        meta = json.loads(uploaded_index(path, "meta.json") or b"{}")
+    except ValueError:  # some servers have a page for everything
         return False
     now = stamp(path)
-    if meta.get("version") != INDEX_VERSION or meta["size"] != now["size"] or meta.get("ends_hash") != ends_hash(path):
+    if not isinstance(meta, dict) or (meta.get("version"), meta.get("size")) != (INDEX_VERSION, now["size"]):
+        return False
+    if meta.get("ends_hash") != ends_hash(path):
         return False
     arrays = {name: uploaded_index(path, name) for name in _ARRAYS}
     with _replacing(index_folder(path), stale) as fresh:
