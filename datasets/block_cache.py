@@ -57,17 +57,27 @@ class BlockCache:
 
     def read(self, shard: str, number: int, start: int, stop: int) -> bytes | None:
         """Bytes ``start:stop`` of a block, None if it is not there."""
+        path = self._path(shard, number)
         try:
-            fd = os.open(self._path(shard, number), os.O_RDONLY)
+            fd = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise DataError(
+                f"{path}: cannot be read ({error.strerror}); make it yours, or set data.remote_cache_dir to a folder that is"
+            ) from None
         try:
             if time.time() - os.fstat(fd).st_mtime > _TOUCH_AFTER:
                 with contextlib.suppress(OSError):  # someone else's block: then their reads alone keep it
                     os.utime(fd)
-            return os.pread(fd, stop - start, start)
+            data = os.pread(fd, stop - start, start)
         finally:
             os.close(fd)
+        if len(data) == stop - start:
+            return data
+        with contextlib.suppress(FileNotFoundError):  # no block of ours is short: the disk has lost something
+            os.unlink(path)
+        return None
 
     def write(self, shard: str, number: int, data: bytes) -> None:
         """Keeps a block, in the place of older ones where the bound asks for it.
@@ -153,4 +163,5 @@ def _locked(path: str) -> Iterator[int]:
         fcntl.flock(fd, fcntl.LOCK_EX)
         yield fd
     finally:
-        os.close(fd)  # and the lock with it
+        fcntl.flock(fd, fcntl.LOCK_UN)  # closing is not enough: a process forked meanwhile holds the same lock
+        os.close(fd)

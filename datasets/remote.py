@@ -34,7 +34,7 @@ class RemoteShard:
     Attributes:
         url: where it is.
         size: in bytes.
-        version: its ETag, or else what the server says of its time; empty if it says nothing.
+        version: its ETag, or else what the server says of its time.
         cache: where its blocks and its index are kept.
     """
 
@@ -147,12 +147,6 @@ class Connection:
         self._conditions = _conditions(shard.version) if self._protocol in _HTTP else {}
         self._forget()
 
-    def __getstate__(self) -> RemoteShard:
-        return self.shard
-
-    def __setstate__(self, shard: RemoteShard) -> None:
-        self.__init__(shard)
-
     def _forget(self) -> None:
         self._pid, self._file, self._lock = os.getpid(), None, threading.Lock()
 
@@ -205,10 +199,10 @@ class Connection:
         url, cache = self.shard.url, self.shard.cache
         found = _shard(url, _filesystem(self._protocol).info(url), cache)
         if found != self.shard:
-            raise self._changed(f"{found.size} bytes, version {found.version or 'unknown'}")
+            raise self._changed(f"{found.size} bytes, version {found.version}")
 
     def _changed(self, found: str) -> DataError:
-        expected = f"expected {self.shard.size} bytes, version {self.shard.version or 'unknown'}, found {found}"
+        expected = f"expected {self.shard.size} bytes, version {self.shard.version}, found {found}"
         return DataError(
             f"{self.shard}: changed on the server since it was indexed: {expected}; "
             "put the old shard back, or start anew to index the new one"
@@ -219,7 +213,7 @@ def _conditions(version: str) -> dict[str, str]:
     """Headers with which an HTTP server answers 412 once the file is another; none for what it would not compare."""
     if version.startswith('"'):
         return {"If-Match": version}
-    if version.startswith("W/") or not version:
+    if version.startswith("W/"):
         return {}
     return {"If-Unmodified-Since": version}
 
@@ -229,7 +223,12 @@ def _shard(url: str, info: dict[str, Any], cache: BlockCache) -> RemoteShard:
         raise DataError(f"{url}: is a folder, expected a tar; check the url")
     if info.get("size") is None:
         raise DataError(f"{url}: the server does not tell the size; serve shards as plain files")
-    version = next((info[key] for key in _VERSION_KEYS if info.get(key)), "")
+    version = next((info[key] for key in _VERSION_KEYS if info.get(key)), None)
+    if version is None:
+        raise DataError(
+            f"{url}: the server tells neither ETag nor Last-Modified, so a shard that changed would be taken for the old one; "
+            "serve shards as plain files, or copy them to a local folder"
+        )
     if isinstance(version, datetime):  # listings may tell times as numbers
         version = version.timestamp()
     return RemoteShard(url, int(info["size"]), str(version), cache)

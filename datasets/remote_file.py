@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from mmctx.datasets.block_cache import BLOCK_BYTES
@@ -77,22 +77,20 @@ class RemoteFile:
                 cache.write(name, number, blocks[number])
             return blocks
 
-    def _cut(self, offset: int, size: int, fetched: dict[int, bytes]) -> bytes:
+    def _cut(self, offset: int, size: int, fetched: Mapping[int, bytes]) -> bytes:
         parts = []
         for number in _numbers(offset, size):
             first = number * BLOCK_BYTES
-            start, stop = max(0, offset - first), min(BLOCK_BYTES, offset + size - first)
-            block = fetched.get(number)
-            part = (
-                block[start:stop] if block is not None else self.shard.cache.read(self.shard.name, number, start, stop)
-            )
-            while part is None:  # evicted since
-                block = self.fetch((number, number)).get(number)
-                part = (
-                    self.shard.cache.read(self.shard.name, number, start, stop) if block is None else block[start:stop]
-                )
-            parts.append(part)
+            parts.append(self._part(number, max(0, offset - first), min(BLOCK_BYTES, offset + size - first), fetched))
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _part(self, number: int, start: int, stop: int, fetched: Mapping[int, bytes]) -> bytes:
+        while True:
+            block = fetched.get(number)
+            part = self.shard.cache.read(self.shard.name, number, start, stop) if block is None else block[start:stop]
+            if part is not None:
+                return part
+            fetched = self.fetch((number, number))  # it was evicted since
 
 
 class RemoteBuffer:

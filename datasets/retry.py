@@ -76,9 +76,10 @@ def is_transient(error: BaseException) -> bool:
 
 
 def is_absent(error: BaseException) -> bool:
-    """Whether a failure says that there is no such file, or none that we may see: S3 answers 403 where listing is forbidden."""
-    if http_status(error) in {403, 404, 410}:
-        return True
+    """Whether a failure says that there is no such file, or none for us: S3 answers 403 where listing is forbidden."""
+    status = http_status(error)
+    if status is not None:
+        return 400 <= status < 500 and status not in _AGAIN
     absent = any(isinstance(cause, FileNotFoundError | PermissionError) for cause in _causes(error))
     return absent and not is_transient(error)
 
@@ -125,13 +126,13 @@ def _may_pass(error: BaseException) -> bool:
 
 
 def _remedy(error: BaseException) -> str:
-    status = http_status(error)
-    if status in {401, 403} or any(isinstance(cause, PermissionError) for cause in _causes(error)):
+    status, causes = http_status(error), list(_causes(error))
+    if status in {401, 403} or any(isinstance(cause, PermissionError) for cause in causes):
         return "check the credentials and what they may read"
-    if "Credentials" in describe(error).partition(":")[0]:
+    if any("Credentials" in type(cause).__name__ for cause in causes):
         return "give credentials in the way of the protocol's own tools, such as AWS_ACCESS_KEY_ID"
-    if is_absent(error):
-        return "there is no such file: check the url"
     if is_transient(error):
         return "check the network and the server, then start again: a run goes on where it was saved"
+    if status == 404 or any(isinstance(cause, FileNotFoundError) for cause in causes):
+        return "there is no such file: check the url"
     return "check the url and the server"

@@ -16,20 +16,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
-import math
-import mmap
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mmctx.datasets.arrays import map_array
 from mmctx.datasets.contents import Problem
 from mmctx.datasets.hashes import content_hash, ends_hash
 from mmctx.datasets.measure import ShardContents, measure_shard
@@ -41,7 +38,6 @@ from mmctx.errors import DataError
 INDEX_VERSION = 1
 _ATTEMPTS = 5
 _ARRAYS = ("samples.npy", "media.npy", "keys.npy")
-_OPEN_ARRAYS = 256  # numpy keeps a file descriptor for each mapped array
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,34 +95,7 @@ class ShardIndex:
         return [Problem(**entry) for entry in entries]
 
     def _array(self, name: str) -> np.ndarray:
-        return _map_array(f"{index_path(self.path)}/{name}", self.content_hash)
-
-
-@lru_cache(maxsize=_OPEN_ARRAYS)
-def _map_array(path: str, content_hash: str) -> np.ndarray:
-    """`content_hash` is there to tell the arrays of a rebuilt index from the old ones."""
-    try:
-        with open(path, "rb", buffering=0) as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        start = 10 + int.from_bytes(data[8:10], "little")
-        dtype, shape = _parse_header(data[:start])
-        return np.frombuffer(data, dtype, math.prod(shape), start).reshape(shape)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path}: the index cannot be read ({error}); rebuild it with `mmctx data index --force`"
-        ) from None
-
-
-@lru_cache(maxsize=1024)
-def _parse_header(header: bytes) -> tuple[np.dtype, tuple[int, ...]]:
-    """Type and shape of a .npy file of version 1. numpy takes ten times as long to open a file, most of it to parse this anew each time."""
-    stream = io.BytesIO(header)
-    if (version := np.lib.format.read_magic(stream)) != (1, 0):
-        raise ValueError(f"expected version (1, 0) of the npy format, found {version}")
-    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
-    if fortran_order:
-        raise ValueError("expected rows one after the other, found columns")
-    return dtype, shape
+        return map_array(f"{index_path(self.path)}/{name}", self.content_hash)
 
 
 def index_folder(path: str | Shard) -> Path:
@@ -224,13 +193,14 @@ def _copy_uploaded(path: Shard, stale: int | None) -> bool:
 
     Size and both ends of the shard tell. Every sample is compared with its key when it is read, too.
     """
-    found = uploaded_index(path, "meta.json")
     try:
-        meta = json.loads(found or b"{}")
-    except ValueError:
+        meta = json.loads(uploaded_index(path, "meta.json") or b"{}")
+    except ValueError:  # some servers have a page for everything
         return False
     now = stamp(path)
-    if meta.get("version") != INDEX_VERSION or meta["size"] != now["size"] or meta.get("ends_hash") != ends_hash(path):
+    if not isinstance(meta, dict) or (meta.get("version"), meta.get("size")) != (INDEX_VERSION, now["size"]):
+        return False
+    if meta.get("ends_hash") != ends_hash(path):
         return False
     arrays = {name: uploaded_index(path, name) for name in _ARRAYS}
     with _replacing(index_folder(path), stale) as fresh:

@@ -87,9 +87,9 @@ class Nginx:
 
 
 class FlakyServer:
-    """Serves one file with ranges. The first answers to GET follow `script`: a status, ``cut`` in the middle, or ``stall``."""
+    """Serves one file with ranges. The first answers to GET follow `script`: a status, or ``cut`` in the middle."""
 
-    def __init__(self, data: bytes, script: list[int | str]) -> None:
+    def __init__(self, data: bytes, script: list[int | str], versions: bool = True) -> None:
         self.answers: list[int | str] = []
         flaky = self
 
@@ -117,7 +117,8 @@ class FlakyServer:
             def _begin(self, status: int, size: int, span: str = "") -> None:
                 self.send_response(status)
                 self.send_header("Content-Length", str(size))
-                self.send_header("ETag", '"flaky"')
+                if versions:
+                    self.send_header("ETag", '"flaky"')
                 if span:
                     self.send_header("Content-Range", span)
                 self.end_headers()
