@@ -24,7 +24,8 @@ from mmctx.datasets.index import index_shards
 from mmctx.datasets.order import BlockOrder
 from mmctx.datasets.sidecar import index_folder
 from mmctx.datasets.source import Source
-from mmctx.datasets.tar import group_samples, map_file, scan_tar
+from mmctx.datasets.storage import map_file
+from mmctx.datasets.tar import group_samples, scan_tar
 
 BARS = {"image": 6.0, "token": 18.0}
 """How many times faster than webdataset reading through the index should be. There is none for plain shards."""

@@ -95,7 +95,7 @@ def decode_image(data: bytes) -> Tensor:
     Pixels are as stored: EXIF rotation is not applied, as in the index. In memory channels may lie last, as decoders write.
 
     Pillow decodes all of them and decides what is damaged. Where simplejpeg is installed it reads plain JPEGs, to the same
-    pixels in two thirds of the time. torchvision's decoders are deprecated since 0.29, and its PNG decoder crashed the process
+    pixels in about three quarters of the time. torchvision's decoders are deprecated since 0.29, and its PNG decoder crashed the process
     on a damaged file instead of raising.
 
     Raises:
