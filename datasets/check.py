@@ -147,7 +147,7 @@ def check_shards(
         if progress is not None:
             progress(done, len(shards))
     found = [check for check in checks if check is not None]
-    _note_repeated_keys(found, frozenset(strict))
+    _note_repeated_keys(shards, found, frozenset(strict))
     return join_results([_result(check, frozenset(strict)) for check in found])
 
 
@@ -211,7 +211,7 @@ def _start_worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the pool is the parallelism
 
 
-def _note_repeated_keys(checks: Sequence[ShardCheck], strict: frozenset[str]) -> None:
+def _note_repeated_keys(shards: Sequence[Shard], checks: Sequence[ShardCheck], strict: frozenset[str]) -> None:
     """Keys that an earlier shard has too, by hashes of 64 bits: of a billion keys, two that differ agree in one check of 30."""
     hashes = np.concatenate([check.key_hashes for check in checks]) if checks else np.zeros(0, np.uint64)
     owners = np.repeat(np.arange(len(checks)), [len(check.key_hashes) for check in checks])
@@ -222,7 +222,7 @@ def _note_repeated_keys(checks: Sequence[ShardCheck], strict: frozenset[str]) ->
     elsewhere = owners[order] != owners[first]
     repeated, origins = order[elsewhere], owners[first[elsewhere]]
     for owner in np.unique(owners[repeated]).tolist():
-        check, keys = checks[owner], _keys(checks[owner].path)
+        check, keys = checks[owner], _keys(shards[owner])
         mine = owners[repeated] == owner
         for place, origin in sorted(zip(repeated[mine].tolist(), origins[mine].tolist(), strict=True)):
             number = place - int(starts[owner])
@@ -230,7 +230,7 @@ def _note_repeated_keys(checks: Sequence[ShardCheck], strict: frozenset[str]) ->
             check.note("repeated_key", detail, number, keys[number], always="repeated_key" in strict)
 
 
-def _keys(path: str) -> list[str]:
+def _keys(path: Shard) -> list[str]:
     """Keys of the samples up to the end of a shard, or to its first damage."""
     members: list[TarMember] = []
     with contextlib.suppress(DataError):

@@ -5,6 +5,7 @@ Each is held once, however many documents show it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -54,9 +55,11 @@ class BatchMedia:
         self._first_rows = {kind: np.cumsum([0, *found.num_tokens]) for kind, found in batch.media.items()}
         self._slots = {kind: found.slots.numpy() for kind, found in batch.media.items()}
         self._rows = {kind: found.rows.numpy() for kind, found in batch.media.items()}
-        self._samples: dict[str, tuple[int, int]] = {}  # of two sources with one key, the first
-        for source, sample, _, _ in bin.samples:
-            self._samples.setdefault(self._data.dataset.sources[source][0].locate(sample)[1], (source, sample))
+        samples = {(source, sample) for source, sample, *_ in bin.samples}
+        keys = {place: self._data.dataset.sources[place[0]][0].locate(place[1])[1] for place in samples}
+        times = Counter(keys.values())
+        # of samples that share a key, a document does not tell which one it is from
+        self._samples: dict[str, tuple[int, int]] = {key: place for place, key in keys.items() if times[key] == 1}
 
     def slots(self, first: int, end: int) -> list[Slots]:
         """The media of the document at positions `first` to `end`, in reading order."""
@@ -73,7 +76,10 @@ class BatchMedia:
     def of_document(self, key: str, slots: Sequence[Slots]) -> list[str]:
         """Names in the page of a document's media; embeds those that are new."""
         names = []
-        clips = self._recordings(key) if any(s.kind == "audio" for s in slots) else []
+        num_clips = sum(s.kind == "audio" for s in slots)
+        clips = self._recordings(key) if num_clips else []
+        if len(clips) != num_clips:  # a part of a long document, which may be any of its parts
+            clips = []
         heard = 0
         for kind, _, _, item in slots:
             name = f"b{self._number}-{kind}-{item}"

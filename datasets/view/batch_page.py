@@ -71,7 +71,7 @@ class BinView:
         num_samples: that it was made from.
         strip: its drawing.
         rows: its documents.
-        skips: samples that could not be used.
+        skips: samples that were drawn and could not be used.
     """
 
     number: int
@@ -146,7 +146,7 @@ def _bin_view(
         num_samples=batch.num_samples,
         strip=draw_strip(number, batch, starts, slots, _read(batch), data.config.bin_tokens, hues, shown=len(rows)),
         rows=rows,
-        skips=batch.skips,
+        skips=(*batch.skips, *batch.left_out),
     )
 
 
@@ -223,7 +223,7 @@ def _totals(batches: Sequence[PackedBatch], bin_tokens: int, hues: Mapping[str, 
         "fill": total / (bin_tokens * len(batches)),
         "documents": sum(documents.values()),
         "samples": sum(batch.num_samples for batch in batches),
-        "skips": sum(len(batch.skips) for batch in batches),
+        "skips": sum(len(batch.skips) + len(batch.left_out) for batch in batches),
         "kinds": {"text": total - sum(kinds.values())} | {kind: kinds[kind] for kind in MODALITIES if kinds[kind]},
         "objectives": [
             {"name": name, "hue": hue, "documents": documents[name], "tokens": tokens[name], "read": read[name]}
