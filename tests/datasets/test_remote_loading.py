@@ -75,7 +75,7 @@ def test_batches_are_those_of_local_shards(tree, nginx, root, tmp_path):
         source["shards"] = f"{nginx.url}/{name}-{{000000..{count - 1:06d}}}.tar"
     tree["data"] |= {"remote_cache_dir": str(tmp_path / "cache"), "num_workers": 1}
     far = open_data(tree)
-    assert far.fingerprint == near.fingerprint
+    assert far.fingerprints == near.fingerprints
     plan = Plan(near.config, near.tables, 0)
     loader = make_loader(far.dataset, StepSampler(plan, 0, 3), far.config)
     for bin, batch in zip((b for step in range(3) for b in plan.step(step)), loader, strict=True):
