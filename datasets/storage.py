@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Iterator
 from io import FileIO
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from mmctx.datasets import remote
 from mmctx.datasets.block_cache import BlockCache
@@ -35,7 +35,7 @@ class ShardFile(Protocol):
 
     def __enter__(self) -> ShardFile: ...
 
-    def __exit__(self, *error: object) -> None: ...
+    def __exit__(self, kind: Any, error: Any, traceback: Any, /) -> None: ...
 
 
 class Buffer(Protocol):

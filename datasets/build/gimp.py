@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from mmctx.datasets.build.html import Page, Picture, read_page
+from mmctx.datasets.build.html import Page, read_page
 from mmctx.datasets.build.members import LeftOut, Medium, Rendered, interleaved_sample
 from mmctx.datasets.build.package import installed
 from mmctx.datasets.build.rows import stamp
@@ -105,10 +105,13 @@ def _render(item: Item) -> Rendered:
         for part in _read(Path(folder, name)).parts:
             if isinstance(part, str):
                 parts.append(part.lstrip(" ") if after_badge else part)
-            elif part.source not in _BADGES:
+                after_badge = False
+                continue
+            after_badge = part.source in _BADGES
+            if after_badge:
+                badges[part.source] += 1
+            else:
                 parts.append(Medium("image", part.source, path=str(Path(folder, part.source))))
-            after_badge = isinstance(part, Picture) and part.source in _BADGES
-            badges.update([part.source] if after_badge else [])
         parts.append("\n\n")
     parts += [LeftOut(item.key, "ornament", f"{badge}, {count} times") for badge, count in sorted(badges.items())]
     return interleaved_sample(item.key, parts, {"chapter": chapter, "pages": names})

@@ -159,7 +159,11 @@ def render_row(item: Item, columns: Columns) -> Rendered:
     row, media_root = item.payload
     media: list[Medium] = []
     several = False
-    for kind, column in (("image", columns.image), ("audio", columns.audio)):
+    of_kind: tuple[tuple[Literal["image", "audio"], str | None], ...] = (
+        ("image", columns.image),
+        ("audio", columns.audio),
+    )
+    for kind, column in of_kind:
         value = row.get(column) if column else None
         cells = value if isinstance(value, list) else [value]
         several |= isinstance(value, list)
