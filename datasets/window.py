@@ -18,13 +18,13 @@ from mmctx.datasets.packing import even_fit
 from mmctx.datasets.survey import Survey
 from mmctx.datasets.table import LIMITED
 
-ENOUGH = 0.9875
+ENOUGH = 0.986
 """Expected fill at which windows need not grow any more."""
 LARGEST = 4096
 """Bins of the largest window."""
-ROUNDS = 4
+ROUNDS = 10
 """A window reads a small set at most so many times over."""
-_TRIAL = 1024
+_TRIAL = 2048
 _QUANTILES = [NormalDist().inv_cdf((number + 0.5) / 64) for number in range(64)]
 
 
@@ -54,7 +54,8 @@ def fit_window(
         steps: steps of the window; None to find out.
     """
     total = sum(survey.num_samples for survey in surveys)
-    sample_bins = _bins_per_sample(surveys, shares, limits)
+    tightness = _tightness(surveys, shares, limits)
+    sample_bins = _bins_per_sample(surveys, shares, limits) / tightness
 
     def fitted(steps: int) -> tuple[Window, float]:
         per_mille, fill = max(
@@ -65,7 +66,7 @@ def fit_window(
             key=lambda pair: pair[1],
         )
         samples = int(Fraction(per_mille, 1000) * steps * bins_per_step / sample_bins) if sample_bins else 1
-        return Window(steps, max(samples, 1)), fill
+        return Window(steps, max(samples, 1)), fill * float(tightness)
 
     if steps is not None:
         return fitted(steps)[0]
@@ -80,13 +81,12 @@ def fit_window(
 
 
 def _bins_per_sample(surveys: Sequence[Survey], shares: Sequence[Fraction], limits: Sequence[int]) -> Fraction:
-    """Bins that a sample takes on average, by the quantity that is scarcest and by how tightly the sizes pack."""
+    """Bins that a sample takes on average, by the quantity that is scarcest."""
     means = [
         sum((share * survey.mean(name) for survey, share in zip(surveys, shares, strict=True)), Fraction())
         for name in LIMITED
     ]
-    scarcest = max(mean / limit for mean, limit in zip(means, limits, strict=True))
-    return scarcest / _tightness(surveys, shares, limits)
+    return max(mean / limit for mean, limit in zip(means, limits, strict=True))
 
 
 def _tightness(surveys: Sequence[Survey], shares: Sequence[Fraction], limits: Sequence[int]) -> Fraction:
