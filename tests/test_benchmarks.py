@@ -53,6 +53,18 @@ def test_image_text_says_why_a_peer_is_left_out(tmp_path):
     assert result["against"] == {}
 
 
+def test_plan_scale():
+    script = str(BENCHMARKS / "plan_scale.py")
+    done = subprocess.run(
+        [sys.executable, script, "--quick", "--json"], capture_output=True, text=True, cwd=BENCHMARKS.parent
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout)
+    assert result["samples"] == 1_000_000
+    assert result["largest_bin"] <= 4096
+    assert {"seek_seconds", "resident_mib", "samples_per_second", "fill", "imbalance", "books_fill"} <= result.keys()
+
+
 def test_resume():
     result = run("resume.py")
     assert result["bit_identical"]

@@ -247,7 +247,7 @@ class ProgressBar:
         losses = " ".join(
             f"{k.removeprefix('loss/')} {v:.3f}" for k, v in line.items() if k.startswith("loss/") and v is not None
         )
-        note = f"loss {line['loss']:.3f} ({losses}) lr {line['lr']:.2e} {line['tokens_per_s']:,.0f} tok/s"
+        note = f"loss {line['loss']:.3f} ({losses}) lr {line['lr']:.2e} {line['tokens_per_s']:,.0f} tok/s wait {line['data_wait']:.0%}"
         if self._bar is not None:
             self._bar.update(self._task, note=note)
         elif self._enabled:
