@@ -56,15 +56,19 @@ class Interval:
 
     def by_reason(self) -> list[int]:
         """Skips, then samples left out, by every reason there is: a list as long on every rank."""
-        return [counter[reason] for counter in (self.skips, self.left_out) for reason in REASONS]
+        counts = []
+        for counter in (self.skips, self.left_out):
+            known = [counter[reason] for reason in REASONS]
+            counts += [*known, counter.total() - sum(known)]
+        return counts
 
     @staticmethod
     def add_reasons(counts: Sequence[int], skips: dict[str, int], left_out: dict[str, int]) -> None:
         """Adds what `by_reason` gave, summed over the ranks, to the run's totals."""
         for number, count in enumerate(counts):
-            total = skips if number < len(REASONS) else left_out
+            which, place = divmod(number, len(REASONS) + 1)
             if count:
-                reason = REASONS[number % len(REASONS)]
+                reason, total = (*REASONS, "other")[place], (skips, left_out)[which]
                 total[reason] = total.get(reason, 0) + count
 
 

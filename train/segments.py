@@ -96,11 +96,21 @@ def segment_of(segments: list[Segment], step: int) -> Segment:
     return [segment for segment in segments if segment.start.step <= step][-1]
 
 
-def open_segment(segment: Segment, config: RunConfig, data: RunData | None = None) -> tuple[RunData, Plan]:
-    """Data and plan of a segment; `data` spares opening it where it is the current one's."""
-    if data is None or data.config is not segment.data:
-        data = build_data(segment.data, segment.data.sources, config.model, config.objectives, config.train.seed)
-    return data, Plan(segment.data, data.tables, config.train.seed, segment.start)
+def open_segment(segment: Segment, config: RunConfig) -> tuple[RunData, Plan]:
+    """Data and plan of a segment, read from where `config` says that files lie now."""
+    here = _at_new_places(segment.data, config.data)
+    data = build_data(here, here.sources, config.model, config.objectives, config.train.seed)
+    return data, Plan(here, data.tables, config.train.seed, segment.start)
+
+
+def _at_new_places(data: DataConfig, now: DataConfig) -> DataConfig:
+    """`data` with the paths and the loading of `now`; a source that is gone keeps its old path."""
+    sources = {
+        name: source.model_copy(update={"shards": now.sources[name].shards}) if name in now.sources else source
+        for name, source in data.sources.items()
+    }
+    moved = {key: getattr(now, key) for key in NO_CHANGE_OF_PLAN if key != "quarantine"}
+    return data.model_copy(update=moved | {"sources": sources})
 
 
 def _check_content(before: Mapping[str, str], now: Mapping[str, str], where: str) -> None:
@@ -157,16 +167,17 @@ def _take_over(last: Segment, step: int, config: RunConfig, data: RunData) -> St
 
 
 def unread(plan: Plan, step: int) -> tuple[tuple[str, int, int], ...]:
-    """(source name, sample id, epoch) of samples that the window of `step` drew and none of its steps before `step` read a part of."""
-    place = (step - plan.start.step) % plan.window_steps
+    """(source name, sample id, epoch) of samples that are drawn but not read: of the window of `step`, those that none of its earlier steps
+    read a part of, and what was carried over and waits for later windows.
+    """
+    window, place = divmod(step - plan.start.step, plan.window_steps)
     if place == 0:
-        return ()
+        return plan.start.carried[window * plan.samples_per_window :]
     first = step - place
     read = _units(plan, range(first, step))
-    later = _units(plan, range(step, first + plan.window_steps))
-    return tuple(
-        (plan.names[source], sample, epoch) for source, sample, epoch in later if (source, sample, epoch) not in read
-    )
+    later = [sample for sample in _units(plan, range(step, first + plan.window_steps)) if sample not in read]
+    rest = tuple((plan.names[source], sample, epoch) for source, sample, epoch in later)
+    return rest + plan.start.carried[(window + 1) * plan.samples_per_window :]
 
 
 def _units(plan: Plan, steps: Iterable[int]) -> dict[tuple[int, int, int], None]:

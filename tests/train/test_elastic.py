@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ import pytest
 import yaml
 
 from mmctx.config import build_config
+from mmctx.datasets.assemble import build_data
 from mmctx.errors import CheckpointError
 from mmctx.jsonl import read_lines
 from mmctx.train.checkpoint import list_checkpoints
 from mmctx.train.config import RunConfig
 from mmctx.train.loop import train
 from mmctx.train.replay import recorded_fingerprint, replay
+from mmctx.train.segments import Segment, continue_segments, open_segment, segment_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -159,3 +162,33 @@ def test_other_shards_under_a_known_name_are_refused(elastic: dict[str, Any], co
     elastic["train"]["steps"] = 4
     with pytest.raises(CheckpointError, match=r"data\.sources\.books: its shards have fingerprint \w+, in .* \w+"):
         train(config_of(elastic, "swapped"))
+
+
+def test_changes_in_quick_succession_lose_and_repeat_nothing(elastic: dict[str, Any]) -> None:
+    """The second comes while samples that the first carried over still wait for later windows."""
+    elastic["data"] |= {"bins_per_step": 4, "bin_tokens": 600, "window_steps": 4, "context_length": 128}
+    stages = [
+        (0, {}),
+        (1, {"bin_tokens": 200, "window_steps": 1, "bins_per_step": 1}),
+        (3, {"bin_tokens": 500, "bins_per_step": 2}),
+    ]
+    segments: list[Segment] = []
+    for step, changes in stages:
+        config = config_of(elastic, "quick", **{**elastic["data"], **changes})
+        data = build_data(config.data, config.data.sources, config.model, config.objectives, config.train.seed)
+        segments = continue_segments(segments, step, config, data, "here", lambda text: None)
+    assert [segment.start.step for segment in segments] == [0, 1, 3]
+    assert len(segments[2].start.carried) > 20
+    found: Counter[tuple[str, int, int]] = Counter()
+    for step in range(60):
+        data, plan = open_segment(segment_of(segments, step), config)
+        found.update(
+            (plan.names[s], sample, epoch)
+            for bin in plan.step(step)
+            for s, sample, epoch, part in bin.samples
+            if part == 0
+        )
+    assert max(found.values()) == 1
+    for name, size in (("triples", 48), ("books", 12)):
+        for epoch in (0, 1, 2):
+            assert {sample for source, sample, e in found if (source, e) == (name, epoch)} == set(range(size))
