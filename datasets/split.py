@@ -52,7 +52,7 @@ def cut(lengths: Sequence[int], is_media: Sequence[bool], room: int) -> list[lis
                 stop = length if media else start + left
             if stop > start:
                 parts[-1].append(Piece(number, start, stop))
-                left -= stop - start
+                left = max(left - (stop - start), 0)  # less than nothing is left beside media that have no place
             if stop < length:
                 parts.append([])
                 left = room
