@@ -125,7 +125,9 @@ class SourceTable:
         nothing = np.stack([(made == 0).all(axis=1) for made in lengths])  # (objectives, u)
         is_part = np.bincount(owner, minlength=len(ids))[owner] > 1
         reasons = np.zeros(len(owner), np.uint8)
+        # Media may leave no room for the text beside them: nothing is missing from a sample that was cut.
         reasons[nothing.any(axis=0) & ~is_part] = _MISSING
+        reasons[nothing.any(axis=0) & ~is_part & long[owner]] = _OVER_LONG
         longest = np.max([made.max(axis=1) for made in lengths], axis=0)
         reasons[(longest > self.data.context_length) | (found > np.asarray(self.limits)).any(axis=1)] = _OVER_LONG
         of_sample = flags.copy()
