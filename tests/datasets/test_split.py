@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +60,14 @@ def test_cut_keeps_every_token_once_and_in_order(document) -> None:
 def test_cut_leaves_media_and_texts_that_fit_into_a_part_whole(document) -> None:
     lengths, is_media, room = document
     pieces = Counter(piece.segment for part in cut(lengths, is_media, room) for piece in part)
-    assert all(pieces[n] == 1 for n, length in enumerate(lengths) if 0 < length and (is_media[n] or length <= room))
+    assert all(pieces[n] == 1 for n, length in enumerate(lengths) if length > 0 and (is_media[n] or length <= room))
 
 
 @given(documents())
 def test_cut_opens_a_part_only_for_what_does_not_fit_into_the_one_before(document) -> None:
     lengths, is_media, room = document
     parts = cut(lengths, is_media, room)
-    for part, following in zip(parts, parts[1:], strict=False):
+    for part, following in pairwise(parts):
         used, first = sum(piece.stop - piece.start for piece in part), following[0]
         if first.start:  # a text that is cut fills up the part before
             assert used == room
