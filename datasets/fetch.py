@@ -16,7 +16,6 @@ from mmctx.datasets.decode import decode_sample
 from mmctx.datasets.order import derive_key
 from mmctx.datasets.plan import Bin, Plan, share_out
 from mmctx.datasets.source import Source
-from mmctx.datasets.split import split_sample
 from mmctx.datasets.table import SourceTable
 from mmctx.errors import ConfigError, SampleError
 from mmctx.objectives import DataHalf
@@ -82,7 +81,7 @@ class PackedDataset(Dataset[PackedBatch]):
         if table.config.spec_augment is not None:
             rng = np.random.default_rng(derive_key(self.seed, "augment", table.source.name, sample.key, epoch))
             sample = augment(sample, table.config.spec_augment, rng)
-        parts = split_sample(sample, table.config.long_documents, table.data.context_length)
+        parts = table.parts(sample)
         if part >= len(parts):
             raise SampleError("over_long", f"the index promises part {part}, the sample makes {len(parts)}")
         found: list[Document] = []

@@ -52,7 +52,7 @@ def cut(lengths: Sequence[int], is_media: Sequence[bool], room: int) -> list[lis
                 stop = length if media else start + left
             if stop > start:
                 parts[-1].append(Piece(number, start, stop))
-                left -= stop - start
+                left = max(left - (stop - start), 0)  # less than nothing is left beside media that have no place
             if stop < length:
                 parts.append([])
                 left = room
@@ -61,7 +61,7 @@ def cut(lengths: Sequence[int], is_media: Sequence[bool], room: int) -> list[lis
 
 
 def split_sample(sample: Sample, policy: LongDocuments, context_length: int) -> list[Sample]:
-    """The parts of a decoded sample, whose documents all fit into the context; most often the sample itself.
+    """The parts of a decoded sample some document of which is longer than the context; their documents all fit into it.
 
     A plain text becomes one segment where it is split. `drop` leaves everything as it is: the plan has ruled long samples out.
     """

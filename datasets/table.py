@@ -16,12 +16,12 @@ from mmctx.datasets.config import NO_LIMIT, DataConfig, SourceConfig
 from mmctx.datasets.contents import REASONS
 from mmctx.datasets.measure import MEDIA_KINDS
 from mmctx.datasets.source import Source
-from mmctx.datasets.split import ENDING, cut
+from mmctx.datasets.split import ENDING, cut, split_sample
 from mmctx.errors import ConfigError
 from mmctx.flops import Work
 from mmctx.objectives import DataHalf
 from mmctx.pack import MediaItem
-from mmctx.sample import SampleSizes
+from mmctx.sample import Sample, SampleSizes
 
 LIMITED = ("tokens", "images", "audio_frames", "pairs")
 """Quantities that a bin is limited in, in the order of `Units.sizes`."""
@@ -125,7 +125,9 @@ class SourceTable:
         nothing = np.stack([(made == 0).all(axis=1) for made in lengths])  # (objectives, u)
         is_part = np.bincount(owner, minlength=len(ids))[owner] > 1
         reasons = np.zeros(len(owner), np.uint8)
+        # Media may leave no room for the text beside them: nothing is missing from a sample that was cut.
         reasons[nothing.any(axis=0) & ~is_part] = _MISSING
+        reasons[nothing.any(axis=0) & ~is_part & long[owner]] = _OVER_LONG
         longest = np.max([made.max(axis=1) for made in lengths], axis=0)
         reasons[(longest > self.data.context_length) | (found > np.asarray(self.limits)).any(axis=1)] = _OVER_LONG
         of_sample = flags.copy()
@@ -136,6 +138,13 @@ class SourceTable:
         ]  # one part that has no place rules the sample out: it is used whole or not at all
         kept = (of_sample[owner] == 0) & ~nothing.all(axis=0)  # a part of pictures alone may have nothing for masked LM
         return Units(of_sample, owner[kept], part[kept], found[kept], costs[kept])
+
+    def parts(self, sample: Sample) -> list[Sample]:
+        """The parts of a decoded sample that `units` counts: it is cut where a document of it would be too long, and nowhere else."""
+        policy, context_length = self.config.long_documents, self.data.context_length
+        if policy == "drop" or self._longest(SampleSizes.of(sample))[0] <= context_length:
+            return [sample]
+        return split_sample(sample, policy, context_length)
 
     def only(self, objective: str) -> SourceTable:
         """The same samples under one objective alone."""

@@ -62,6 +62,23 @@ class SampleSizes:
     def __len__(self) -> int:
         return len(self.interleaved)
 
+    @classmethod
+    def of(cls, sample: Sample) -> SampleSizes:
+        """The sizes of one decoded sample, as its index tells them."""
+        segments = sample.segments or ()
+        texts = [-1 if text is None else len(text) for text in sample.texts]
+        if sample.segments is not None:
+            texts = [sum(len(part) for part in segments if isinstance(part, np.ndarray))]
+        media = [part for part in (sample.image, sample.audio, *segments) if isinstance(part, MediaItem)]
+        tokens = {kind: [item.num_tokens for item in media if item.kind == kind] for kind in ("image", "audio")}
+        return cls(
+            text_tokens=np.array([texts or [-1]], np.int64),
+            image_tokens=np.array([sum(tokens["image"])], np.int64),
+            audio_tokens=np.array([sum(tokens["audio"])], np.int64),
+            num_images=np.array([len(tokens["image"])], np.int64),
+            interleaved=np.array([sample.segments is not None]),
+        )
+
     def take(self, rows: np.ndarray) -> SampleSizes:
         """The sizes of some of the samples, in the order of `rows`."""
         return SampleSizes(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
