@@ -28,7 +28,7 @@ class Work:
         token: of the trunk's matrices, for each token.
         label: of the output head, for each position with a label.
         image: of the image encoder, for each picture.
-        audio_token: of the sound encoder, for each embedding it makes.
+        audio_token: of the sound encoder, for each embedding it makes; attention among those of one clip is not counted.
         windows: window of each layer, None for a global one.
         width: H * d, channels of attention.
     """

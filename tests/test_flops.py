@@ -1,0 +1,138 @@
+"""How much arithmetic a batch is: counted against brute force, real parameters, and what PyTorch counts while it runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmctx.config import build_config
+from mmctx.encoders.audio import AudioEncoderConfig
+from mmctx.encoders.image import ImageEncoderConfig
+from mmctx.flops import FORWARD_AND_BACKWARD, Work, count_pairs, estimate_work, trunk_matrices
+from mmctx.model import ENCODERS, VOCAB_MULTIPLE, MmctxModel, ModelConfig
+from mmctx.objectives import AnyObjective
+from mmctx.objectives.captioning import CaptioningConfig
+from mmctx.objectives.masked_lm import MaskedLMConfig
+from mmctx.pack import IGNORE_INDEX, Document, MediaBatch, pack_documents
+from mmctx.train.config import RunConfig
+from mmctx.transformer import Transformer, TransformerConfig
+
+VOCAB = 320
+GROUPED = {"width": 32, "depth": 2, "num_heads": 4, "num_kv_heads": 2, "mlp_width": 48}
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 1, 2, 5, 40])
+def test_pairs_are_those_of_the_mask(causal: bool, window: int | None) -> None:
+    lengths = np.arange(14).reshape(2, 7)
+    expected = []
+    for length in lengths.flatten().tolist():
+        query, key = np.indices((length, length))
+        near = np.abs(query - key) < (window or length + 1)
+        expected.append(int((near & ((key <= query) | (not causal))).sum()))
+    np.testing.assert_array_equal(count_pairs(lengths, causal, window), np.reshape(expected, lengths.shape))
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_kv_heads": None}, {"head_dim": 6, "depth": 3, "qkv_bias": True}])
+def test_trunk_matrices_are_the_modules(changes: dict[str, Any]) -> None:
+    config = TransformerConfig.model_validate(GROUPED | changes)
+    with torch.device("meta"):
+        trunk = Transformer(config)
+    assert trunk_matrices(config) == sum(p.numel() for p in trunk.parameters() if p.ndim == 2)
+
+
+def document(objective: str, length: int, causal: bool, num_labels: int) -> Document:
+    ids = np.random.default_rng(length).integers(0, VOCAB, length)
+    labels = np.where(np.arange(length) < num_labels, ids, IGNORE_INDEX)
+    return Document(objective, ids, labels, causal)
+
+
+def counted(trunk: TransformerConfig, documents: list[Document]) -> int:
+    """FLOPs of a real forward and backward pass as PyTorch counts them; of fused attention on a CPU it counts none, so it is unfused."""
+    objectives: dict[str, AnyObjective] = {"captioning": CaptioningConfig(), "masked_lm": MaskedLMConfig()}
+    torch.manual_seed(0)
+    model = MmctxModel(ModelConfig(transformer=trunk), objectives, VOCAB)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        losses = model(pack_documents(documents, {}))
+        torch.stack([loss.total for loss in losses.values()]).sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_kv_heads": None, "head_dim": 6, "depth": 3}, {"tie_embeddings": False}])
+def test_a_text_model_costs_what_pytorch_counts(changes: dict[str, Any]) -> None:
+    """To the last multiplication, but for one thing: unfused attention computes all pairs of a document, causal or not."""
+    trunk = TransformerConfig.model_validate(GROUPED | changes)
+    work = estimate_work(ModelConfig(transformer=trunk), VOCAB)
+    found = counted(trunk, [document("captioning", 40, True, 39), document("masked_lm", 23, False, 5)])
+    matrices = 63 * work.token + 44 * work.label
+    assert found == matrices + work.attention(np.array([40, 23]), causal=False).sum()
+    assert work.label == 6 * trunk.width * -(-VOCAB // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def test_causal_attention_counts_half_of_the_pairs_and_the_diagonal() -> None:
+    work = estimate_work(ModelConfig(transformer=TransformerConfig.model_validate(GROUPED)), VOCAB)
+    lengths = np.array([1, 2, 48, 1000])
+    every = work.attention(lengths, causal=False)
+    np.testing.assert_array_equal(2 * lengths * work.attention(lengths, causal=True), (lengths + 1) * every)
+
+
+def test_attention_sums_over_layers_and_their_windows() -> None:
+    trunk = TransformerConfig.model_validate(GROUPED | {"depth": 3, "pattern": ("local", "global"), "window": 4})
+    work = estimate_work(ModelConfig(transformer=trunk), VOCAB)
+    assert work.windows == (4, None, 4)
+    lengths = np.array([[3, 0], [10, 7]])
+    pairs = 2 * count_pairs(lengths, True, 4) + count_pairs(lengths, True, None)
+    np.testing.assert_array_equal(work.attention(lengths, causal=True), 12 * 4 * 8 * pairs)
+
+
+def real_media(kind: str, config: Any, items: int) -> MediaBatch:
+    """Real pixels or frames, of items as large as one embedding of sound or one picture."""
+    nowhere = torch.zeros(0, dtype=torch.int64)
+    if kind == "image":
+        values = torch.randint(0, 256, (items, 3, config.image_size, config.image_size), dtype=torch.uint8)
+        lengths, num_tokens = (1,) * items, ((config.image_size // 16) ** 2,) * items
+    else:
+        values = torch.randn(items * config.frames_per_token, config.num_mels)
+        lengths, num_tokens = (config.frames_per_token,) * items, (1,) * items
+    return MediaBatch(values=values, lengths=lengths, num_tokens=num_tokens, slots=nowhere, rows=nowhere)
+
+
+@pytest.mark.parametrize("kind", ["image", "audio"])
+def test_encoders_cost_what_pytorch_counts_on_real_media(tree: dict[str, Any], kind: str) -> None:
+    config = build_config(RunConfig, tree, "tree").model
+    part: ImageEncoderConfig | AudioEncoderConfig = getattr(config, kind)
+    encoder: nn.Module = ENCODERS[kind](part, config.transformer.width)
+    work = estimate_work(config, VOCAB)
+    estimate = {"image": work.image, "audio": work.audio_token}[kind]
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        encoder(real_media(kind, part, items=3))
+    assert FORWARD_AND_BACKWARD * counter.get_total_flops() == 3 * estimate
+
+
+def test_attention_inside_a_clip_is_not_counted(tree: dict[str, Any]) -> None:
+    """Embeddings of sound count as clips of one each: a longer clip costs its attention more than the estimate."""
+    config = build_config(RunConfig, tree, "tree").model
+    assert config.audio is not None
+    part, count = config.audio, 10
+    clip = real_media("audio", part, count)
+    clip = replace(clip, lengths=(sum(clip.lengths),), num_tokens=(count,))
+    encoder = ENCODERS["audio"](part, config.transformer.width)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        encoder(clip)
+    more = FORWARD_AND_BACKWARD * counter.get_total_flops() - count * estimate_work(config, VOCAB).audio_token
+    positions = part.shuffle * np.array([count, *[1] * count])
+    whole, *alone = 4 * FORWARD_AND_BACKWARD * part.depth * part.width * positions**2
+    assert more == whole - sum(alone) > 0
+
+
+def test_a_model_without_encoders_spends_nothing_on_media() -> None:
+    work = estimate_work(ModelConfig(transformer=TransformerConfig.model_validate(GROUPED)), VOCAB)
+    assert isinstance(work, Work)
+    assert (work.image, work.audio_token) == (0, 0)
