@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from mmctx.model import MmctxModel, count_parameters
 from mmctx.pack import PackedBatch
@@ -29,13 +33,38 @@ def estimate_memory(config: RunConfig, batch: PackedBatch, vocab_size: int) -> d
             kept[storage] = tensor  # held on to, so that no other storage takes its place
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with FusedAttention(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         losses = model.train()(batch.to("meta"))
     del losses
     weights = count_parameters(model) * BYTES
     activations = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     parts = {"weights": weights, "gradients": weights, "optimizer": 2 * weights, "activations": activations}
     return parts | {"total": sum(parts.values())}
+
+
+class FusedAttention(TorchFunctionMode):
+    """Lets attention keep what fused kernels keep: PyTorch falls back to the unfused one on the meta device, which would keep the
+    probabilities of all pairs of tokens, hundreds of times as much for a long document.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Attention is replaced, all else is called as it is."""
+        if func is F.scaled_dot_product_attention:
+            return _FusedAttention.apply(*args[:3])
+        return func(*args, **(kwargs or {}))
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Shapes and storages alone: q (B, H, L, d), k and v (B, K, S, d) -> (B, H, L, d), a view of (B, L, H, d) as kernels write it."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        batch, heads, length, _ = q.shape
+        out = q.new_empty(batch, length, heads, v.shape[-1]).transpose(1, 2)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(batch, heads, length))  # the last: sums of exponentials
+        return out
 
 
 def _storage(tensor: Tensor) -> int:
