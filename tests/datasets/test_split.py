@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import png, tiny_tree, words, write_shard
+from tiny import book, png, tiny_tree, words, write_shard
 
 from mmctx.config import build_config
 from mmctx.datasets.assemble import RunData, build_data
@@ -100,7 +100,6 @@ def test_split_sample_cuts_interleaved_documents_by_policy(document, policy) -> 
     if policy == "drop" or sum(lengths) <= room:
         assert parts == [sample]
         return
-    assert all((part.key, part.uid) == ("k", 1) for part in parts)
     flat = [piece for part in parts for piece in part.segments or ()]
     kept = [piece for piece in flat if isinstance(piece, MediaItem)]
     text = [token for piece in flat if not isinstance(piece, MediaItem) for token in piece.tolist()]
@@ -202,15 +201,10 @@ def sizes_of(documents: list[Document], frames_per_token: int) -> list[int]:
     ]
 
 
-def media_of_objectives(table: SourceTable) -> bool:
-    """Whether the objectives read all media: else a plan counts pictures that no document holds, which is on the safe side."""
-    return table.source.name != "triples_masked"
-
-
 @pytest.mark.parametrize("policy", POLICIES)
 def test_what_is_planned_is_what_is_made(data: RunData, policy: str) -> None:
     reasons, later_parts = Counter(), set()
-    for context_length in (4, 5, 14, 21, 27, 33, 60):
+    for context_length in (4, 5, 14, 21, 33):
         changed = with_policy(data, policy, context_length)
         for number, table in enumerate(changed.dataset.tables):
             units = table.units(np.arange(table.num_samples))
@@ -222,7 +216,8 @@ def test_what_is_planned_is_what_is_made(data: RunData, policy: str) -> None:
                 made = changed.dataset.documents(number, sample_id, 0, part)
                 assert made, (table.source.name, context_length, sample_id, part)
                 found = sizes_of(made, table.preprocessors.frames_per_token)
-                exact = slice(None) if media_of_objectives(table) else slice(0, 1)
+                # Masked LM leaves sound out, which the plan counts: on the safe side.
+                exact = slice(0, 1) if table.source.name == "triples_masked" else slice(None)
                 assert found[exact] == sizes[exact], (table.source.name, context_length, sample_id, part)
                 assert all(a <= b for a, b in zip(found, sizes, strict=True))
                 assert max(len(document.input_ids) for document in made) <= context_length
@@ -271,3 +266,31 @@ def test_a_text_is_cut_only_where_a_document_would_be_too_long(data: RunData) ->
     for sample_id in ids.tolist():
         pairs = zip(changed.documents(number, sample_id, 0), data.dataset.documents(number, sample_id, 0), strict=True)
         assert all((a.input_ids == b.input_ids).all() for a, b in pairs)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("missing", [{}, {"image": None}, {"image": None, "audio": None}])
+def test_segments_that_take_no_place_shift_nothing(
+    tree: dict[str, Any], tmp_path: Path, policy: str, missing: dict[str, Any]
+) -> None:
+    """Blank texts, and media that the model has no encoder for, stand in the index and not in the decoded sample."""
+    books = [book(number) for number in range(10)]
+    for number, sample in enumerate(books):
+        segments = json.loads(sample["json"])["segments"]
+        blank = [{"text": ""}, {"text": words(number, 12)}, {"text": ""}]
+        sample["json"] = json.dumps({"segments": blank[number % 2 :] + segments + blank}).encode()
+    write_shard(tmp_path / "books.tar", books)
+    tree["model"] |= missing
+    tree["data"]["sources"] = {
+        "s": {"shards": str(tmp_path / "books.tar"), "objectives": ["captioning"], "long_documents": policy}
+    }
+    tree["data"] |= {"context_length": 17, "cache_mb": 8}
+    config = build_config(RunConfig, tree, "tree")
+    data = build_data(config.data, config.data.sources, config.model, config.objectives, config.train.seed)
+    table = data.tables["s"]
+    units = table.units(np.arange(10))
+    assert len(units.owner) > 10 if policy == "split" else len(units.owner) <= 10
+    for sample_id, part, sizes in zip(units.owner.tolist(), units.part.tolist(), units.sizes.tolist(), strict=True):
+        made = data.dataset.documents(0, sample_id, 0, part)
+        assert sizes_of(made, table.preprocessors.frames_per_token) == sizes
+        assert len(made[0].input_ids) <= 17
