@@ -89,11 +89,12 @@ class Plan:
             self._starts, self._mixture = np.cumsum([0, *sizes[:-1]]), Mixture([1.0])
             shares = [Fraction(size, sum(sizes)) for size in sizes]
             sizes = [sum(sizes)]
-        self._orders = [
-            BlockOrder(size, config.block_size, config.blocks_in_flight, derive_key(seed, "order", number))
-            for number, size in enumerate(sizes)
+        groups = self.names if self.is_weighted else ("",)
+        self._orders = [  # keyed by name: a source's number changes when others come or go, its order must not
+            BlockOrder(size, config.block_size, config.blocks_in_flight, derive_key(seed, "order", name or 0))
+            for name, size in zip(groups, sizes, strict=True)
         ]
-        self._drawn = [self.start.drawn.get(name, 0) for name in (self.names if self.is_weighted else ("",))]
+        self._drawn = [self.start.drawn.get(name, 0) for name in groups]
         window = fit_window(self.surveys, shares, config.limits, config.bins_per_step, config.window_steps)
         self.window_steps, self.samples_per_window = window.steps, window.samples
         self._window = lru_cache(maxsize=2)(self._pack_window)
