@@ -194,9 +194,7 @@ class Sitting:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._count(micro_batches, counts, interval)
-        if self._is_due(step + 1):
-            prints = [bin_fingerprint(number, batch) for (number, _), batch in zip(mine, micro_batches, strict=True)]
-            interval.fingerprint = combine(prints)
+        interval.newest = [(number, batch) for (number, _), batch in zip(mine, micro_batches, strict=True)]
 
     def _combine(self, losses: Mapping[str, LossSum], counts: Mapping[str, int | Tensor]) -> Tensor:
         """Weighted sum of means over the whole global step; times the ranks, because DDP averages gradients over them."""
@@ -233,8 +231,9 @@ class Sitting:
     def _log(self, interval: Interval) -> None:
         """Writes one line: the only place where the loop waits for the device."""
         state, config = self.state, self.config
+        mine = combine(bin_fingerprint(number, batch) for number, batch in interval.newest)
         tokens, samples, bins, fingerprint, *by_reason = self._sum_over_ranks(
-            [interval.tokens, interval.samples, interval.bins, as_signed(interval.fingerprint), *interval.by_reason()]
+            [interval.tokens, interval.samples, interval.bins, as_signed(mine), *interval.by_reason()]
         )
         state.tokens += tokens
         state.samples += samples
