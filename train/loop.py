@@ -18,6 +18,7 @@ from mmctx.datasets.assemble import RunData, build_data
 from mmctx.datasets.fetch import StepSampler, make_loader
 from mmctx.datasets.order import derive_key
 from mmctx.datasets.plan import Plan, share_out
+from mmctx.datasets.quarantine import write_quarantine
 from mmctx.fingerprint import as_signed, bin_fingerprint, combine, show
 from mmctx.model import MmctxModel
 from mmctx.objectives import LossSum
@@ -37,7 +38,7 @@ from mmctx.train.records import (
     trim,
     write_manifest,
 )
-from mmctx.train.segments import continue_segments, read_segments
+from mmctx.train.segments import continue_segments, kept_quarantine, read_segments
 from mmctx.train.stop import StopOnSignal
 
 
@@ -133,6 +134,8 @@ class Sitting:
         earlier = read_segments(state.segments, where) if resumed else []
         segments = continue_segments(earlier, state.step, config, self.data, where, self.bar.say)
         state.segments = [segment.to_json() for segment in segments]
+        if config.data.quarantine and self.accelerator.is_main_process:
+            write_quarantine(kept_quarantine(config, segments[-1].quarantine), self.data.quarantine.entries)
         return Plan(config.data, self.data.tables, config.train.seed, segments[-1].start)
 
     def run(self) -> TrainResult:

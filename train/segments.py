@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 from mmctx.config import build_config
@@ -96,10 +97,28 @@ def segment_of(segments: list[Segment], step: int) -> Segment:
 
 
 def open_segment(segment: Segment, config: RunConfig) -> tuple[RunData, Plan]:
-    """Data and plan of a segment, read from where `config` says that files lie now."""
+    """Data and plan of a segment, read from where `config` says that files lie now.
+
+    Raises:
+        CheckpointError: the tokenizer, shards or quarantine list are not those that the segment was made with.
+    """
     here = _at_new_places(segment.data, config.data)
+    if (kept := kept_quarantine(config, segment.quarantine)).exists():
+        here = here.model_copy(update={"quarantine": str(kept)})
     data = build_data(here, here.sources, config.model, config.objectives, config.train.seed)
+    where = f"the part of the run from step {segment.start.step}"
+    _check_content(segment.fingerprints, data.fingerprints, where)
+    if segment.quarantine not in ("", data.quarantine.fingerprint):
+        raise CheckpointError(
+            f"data.quarantine={here.quarantine}: it lists other samples ({data.quarantine.fingerprint}) than in {where} "
+            f"({segment.quarantine}); restore that list as {kept}"
+        )
     return data, Plan(here, data.tables, config.train.seed, segment.start)
+
+
+def kept_quarantine(config: RunConfig, fingerprint: str) -> Path:
+    """Where a run keeps a list that it has used, so that its steps can be found again when the list is written anew."""
+    return Path(config.run.dir) / config.run.name / f"quarantine-{fingerprint}.jsonl"
 
 
 def _at_new_places(data: DataConfig, now: DataConfig) -> DataConfig:

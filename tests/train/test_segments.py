@@ -5,14 +5,22 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from glob import glob
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mmctx.config import build_config
 from mmctx.datasets.assemble import build_data
+from mmctx.datasets.index import index_shards
 from mmctx.datasets.plan import Plan
+from mmctx.datasets.quarantine import QuarantineEntry, write_quarantine
+from mmctx.errors import CheckpointError
+from mmctx.tokenizer import TextTokenizer
 from mmctx.train.config import RunConfig
+from mmctx.train.loop import train
+from mmctx.train.replay import recorded_fingerprint, replay
 from mmctx.train.segments import Segment, continue_segments
 
 Change = Callable[[dict[str, Any]], None]
@@ -97,3 +105,32 @@ def test_no_sample_vanishes_that_a_step_not_made_would_have_left_out(reader: Rea
     reader.go(30)
     assert 0 < len(recorded) < 20
     assert reader.first_epoch("triples") | recorded == set(range(48))
+
+
+def test_a_quarantine_list_may_be_written_anew_where_it_lies(tree: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "quarantine.jsonl"
+    tree["data"]["quarantine"] = str(path)
+    tree["eval"]["sources"] = {}
+
+    def run(quarantined: int, steps: int) -> Path:
+        entries = [
+            QuarantineEntry(str(shard.path), shard.content_hash, n, "", "bad_text", "") for n in range(quarantined)
+        ]
+        write_quarantine(path, entries)
+        tree["train"]["steps"] = steps
+        return train(build_config(RunConfig, tree, "tree")).run_dir
+
+    triples = tree["data"]["sources"]["triples"]
+    shard = index_shards(sorted(glob(triples["shards"])), TextTokenizer(tree["data"]["tokenizer"]), triples["texts"])[0]
+    run_dir = run(quarantined=1, steps=4)
+    assert run(quarantined=12, steps=6) == run_dir
+    for step in (1, 2, 4, 5, 6):
+        assert replay(run_dir, step).fingerprint == recorded_fingerprint(run_dir, step)
+    moved = run_dir.rename(tmp_path / "moved")
+    assert replay(moved, 2).fingerprint == recorded_fingerprint(moved, 2)
+    for kept in moved.glob("quarantine-*.jsonl"):
+        kept.unlink()
+    with pytest.raises(
+        CheckpointError, match=r"data\.quarantine=.* lists other samples .* restore that list as .*moved"
+    ):
+        replay(moved, 2)
