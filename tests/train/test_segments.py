@@ -47,7 +47,7 @@ class Reader:
         plan = Plan(config.data, data.tables, config.train.seed, self.segments[-1].start)
         for step in range(self.step, self.step + steps):
             for bin in plan.step(step):
-                self.read += [(plan.names[n], *rest) for n, *rest in bin.samples]
+                self.read += [(plan.names[n], sample, epoch, part) for n, sample, epoch, part in bin.samples]
                 self.left_out += [(plan.names[n], sample) for n, sample, _ in bin.left_out]
         self.step += steps
 
