@@ -48,7 +48,8 @@ class Start:
     Attributes:
         step: first step of the plan.
         drawn: how many samples were drawn before, of each source, or of all together ("") where sources have no weights.
-        carried: (source name, sample id, epoch) of samples that were drawn but not read: they come first.
+        carried: (source name, sample id, epoch) of samples that were drawn but not read: they come first. Those of sources that the plan
+            lacks wait for a later segment.
     """
 
     step: int = 0
@@ -89,11 +90,13 @@ class Plan:
             self._starts, self._mixture = np.cumsum([0, *sizes[:-1]]), Mixture([1.0])
             shares = [Fraction(size, sum(sizes)) for size in sizes]
             sizes = [sum(sizes)]
-        self._orders = [
-            BlockOrder(size, config.block_size, config.blocks_in_flight, derive_key(seed, "order", number))
-            for number, size in enumerate(sizes)
+        groups = self.names if self.is_weighted else ("",)
+        self._orders = [  # keyed by name: a source's number changes when others come or go, its order must not
+            BlockOrder(size, config.block_size, config.blocks_in_flight, derive_key(seed, "order", name or 0))
+            for name, size in zip(groups, sizes, strict=True)
         ]
-        self._drawn = [self.start.drawn.get(name, 0) for name in (self.names if self.is_weighted else ("",))]
+        self._drawn = [self.start.drawn.get(name, 0) for name in groups]
+        self._carried = tuple(sample for sample in self.start.carried if sample[0] in tables)
         window = fit_window(self.surveys, shares, config.limits, config.bins_per_step, config.window_steps)
         self.window_steps, self.samples_per_window = window.steps, window.samples
         self._window = lru_cache(maxsize=2)(self._pack_window)
@@ -132,7 +135,7 @@ class Plan:
         """How many samples of each order (see `Start.drawn`) are drawn up to the end of the window that holds the last of `steps` steps,
         earlier segments included.
         """
-        positions = max(-(-steps // self.window_steps) * self.samples_per_window - len(self.start.carried), 0)
+        positions = max(-(-steps // self.window_steps) * self.samples_per_window - len(self._carried), 0)
         counts = self._mixture.count(positions)
         names = self.names if self.is_weighted else ("",)
         return {name: before + int(count) for name, before, count in zip(names, self._drawn, counts, strict=True)}
@@ -144,18 +147,23 @@ class Plan:
             return weights
         return [weight / float(found.mean("tokens")) for weight, found in zip(weights, self.surveys, strict=True)]
 
-    def _drawn_by(self, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What a window draws; samples carried over from an earlier segment stand first in the stream."""
+    def waiting(self, windows: int) -> tuple[tuple[str, int, int], ...]:
+        """Samples of `Start.carried` that the first `windows` windows do not reach, or that are of sources the plan lacks."""
+        absent = tuple(sample for sample in self.start.carried if sample[0] not in self.names)
+        return self._carried[windows * self.samples_per_window :] + absent
+
+    def drawn_by(self, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(source numbers, sample ids, epochs) that a window draws, (n,) each; samples carried over from an earlier segment stand first."""
         first = window * self.samples_per_window
         positions = np.arange(first, first + self.samples_per_window)
-        carried = self.start.carried[first : first + self.samples_per_window]
-        fresh = self.draw(positions[len(carried) :] - len(self.start.carried))
-        known = [(self.names.index(name), sample, epoch) for name, sample, epoch in carried if name in self.names]
+        carried = self._carried[first : first + self.samples_per_window]
+        fresh = self.draw(positions[len(carried) :] - len(self._carried))
+        known = [(self.names.index(name), sample, epoch) for name, sample, epoch in carried]
         earlier = np.array(known, np.int64).reshape(-1, 3).T
         return tuple(np.concatenate(pair) for pair in zip(earlier, fresh, strict=True))  # type: ignore[return-value]
 
     def _pack_window(self, window: int) -> list[list[Bin]]:
-        group, ids, epoch = self._drawn_by(window)
+        group, ids, epoch = self.drawn_by(window)
         found = measure_all(self.tables, group, ids)
         per_step = self.config.bins_per_step
         places, num_bins = even_fit(

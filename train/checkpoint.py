@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -182,9 +183,9 @@ def resume(
     path = checkpoint / "trainer" / "optimizer.pt"
     try:
         optimizer.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (RuntimeError, ValueError, EOFError, OSError) as error:
+    except (RuntimeError, ValueError, LookupError, TypeError, EOFError, OSError, UnpicklingError) as error:
         raise CheckpointError(
-            f"{path}: cannot be read ({error}); delete {checkpoint} to fall back to the one before it"
+            f"{path}: cannot be read ({error!r}); delete {checkpoint} to fall back to the one before it"
         ) from None
     return state
 

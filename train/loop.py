@@ -18,6 +18,7 @@ from mmctx.datasets.assemble import RunData, build_data
 from mmctx.datasets.fetch import StepSampler, make_loader
 from mmctx.datasets.order import derive_key
 from mmctx.datasets.plan import Plan, share_out
+from mmctx.datasets.quarantine import write_quarantine
 from mmctx.fingerprint import as_signed, bin_fingerprint, combine, show
 from mmctx.model import MmctxModel
 from mmctx.objectives import LossSum
@@ -37,7 +38,7 @@ from mmctx.train.records import (
     trim,
     write_manifest,
 )
-from mmctx.train.segments import continue_segments, read_segments
+from mmctx.train.segments import continue_segments, kept_quarantine, read_segments
 from mmctx.train.stop import StopOnSignal
 
 
@@ -133,6 +134,8 @@ class Sitting:
         earlier = read_segments(state.segments, where) if resumed else []
         segments = continue_segments(earlier, state.step, config, self.data, where, self.bar.say)
         state.segments = [segment.to_json() for segment in segments]
+        if config.data.quarantine and self.accelerator.is_main_process:
+            write_quarantine(kept_quarantine(config, segments[-1].quarantine), self.data.quarantine.entries)
         return Plan(config.data, self.data.tables, config.train.seed, segments[-1].start)
 
     def run(self) -> TrainResult:
@@ -194,9 +197,7 @@ class Sitting:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._count(micro_batches, counts, interval)
-        if self._is_due(step + 1):
-            prints = [bin_fingerprint(number, batch) for (number, _), batch in zip(mine, micro_batches, strict=True)]
-            interval.fingerprint = combine(prints)
+        interval.newest = [(number, batch) for (number, _), batch in zip(mine, micro_batches, strict=True)]
 
     def _combine(self, losses: Mapping[str, LossSum], counts: Mapping[str, int | Tensor]) -> Tensor:
         """Weighted sum of means over the whole global step; times the ranks, because DDP averages gradients over them."""
@@ -233,8 +234,9 @@ class Sitting:
     def _log(self, interval: Interval) -> None:
         """Writes one line: the only place where the loop waits for the device."""
         state, config = self.state, self.config
+        mine = combine(bin_fingerprint(number, batch) for number, batch in interval.newest)
         tokens, samples, bins, fingerprint, *by_reason = self._sum_over_ranks(
-            [interval.tokens, interval.samples, interval.bins, as_signed(interval.fingerprint), *interval.by_reason()]
+            [interval.tokens, interval.samples, interval.bins, as_signed(mine), *interval.by_reason()]
         )
         state.tokens += tokens
         state.samples += samples

@@ -39,7 +39,7 @@ class Interval:
     steps: int = 0
     skips: Counter[str] = field(default_factory=Counter)
     left_out: Counter[str] = field(default_factory=Counter)
-    fingerprint: int = 0
+    newest: list[tuple[int, PackedBatch]] = field(default_factory=list)  # (bin number, batch) of the last step
     data_wait: float = 0.0
     started: float = field(default_factory=time.perf_counter)
 

@@ -13,7 +13,7 @@ from mmctx.fingerprint import bin_fingerprint, combine, show
 from mmctx.jsonl import read_lines
 from mmctx.pack import PackedBatch
 from mmctx.train.checkpoint import list_checkpoints, read_state
-from mmctx.train.config import RunConfig
+from mmctx.train.config import RunConfig, RunInfo
 from mmctx.train.segments import Segment, open_segment, read_segments, segment_of
 
 
@@ -49,11 +49,15 @@ def replay(where: Path, step: int, overrides: tuple[str, ...] = ()) -> GlobalBat
 
     Raises:
         ConfigError: `step` is less than 1.
+        CheckpointError: what the run has read then is no longer there.
     """
     if step < 1:
         raise ConfigError(f"--step counts from 1, as in metrics.jsonl, found {step}")
     is_run = where.is_dir()
     config = load_config(RunConfig, where / "config.yaml" if is_run else where, overrides)
+    if is_run:  # wherever it has been moved to
+        home = where.resolve()
+        config = config.model_copy(update={"run": RunInfo(name=home.name, dir=str(home.parent))})
     checkpoints = list_checkpoints(where) if is_run else []
     if checkpoints:
         segments = read_segments(read_state(checkpoints[-1]).segments, str(checkpoints[-1]))

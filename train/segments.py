@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 from mmctx.config import build_config
@@ -79,16 +80,15 @@ def continue_segments(
     if not earlier:
         return [now]
     last = earlier[-1]
-    _check_content(last.fingerprints, now.fingerprints, where)
+    known = {name: content for segment in earlier for name, content in segment.fingerprints.items()}
+    _check_content(known, now.fingerprints, where)  # of sources that went and come back, too
     changes = _changes(last, now)
     if not changes:
         return earlier
-    start = _take_over(last, step, config, data)
     say(f"the data changed: a new segment of the plan begins at step {step}")
     for change in changes:
         say(f"  {change}")
-    kept = [segment for segment in earlier if segment.start.step < step]  # one that has not made a step yet is replaced
-    return [*kept, replace(now, start=start)]
+    return [*earlier, replace(now, start=_take_over(last, step, config, data, say))]
 
 
 def segment_of(segments: list[Segment], step: int) -> Segment:
@@ -97,10 +97,28 @@ def segment_of(segments: list[Segment], step: int) -> Segment:
 
 
 def open_segment(segment: Segment, config: RunConfig) -> tuple[RunData, Plan]:
-    """Data and plan of a segment, read from where `config` says that files lie now."""
+    """Data and plan of a segment, read from where `config` says that files lie now.
+
+    Raises:
+        CheckpointError: the tokenizer, shards or quarantine list are not those that the segment was made with.
+    """
     here = _at_new_places(segment.data, config.data)
+    if (kept := kept_quarantine(config, segment.quarantine)).exists():
+        here = here.model_copy(update={"quarantine": str(kept)})
     data = build_data(here, here.sources, config.model, config.objectives, config.train.seed)
+    where = f"the part of the run from step {segment.start.step}"
+    _check_content(segment.fingerprints, data.fingerprints, where)
+    if segment.quarantine not in ("", data.quarantine.fingerprint):
+        raise CheckpointError(
+            f"data.quarantine={here.quarantine}: it lists other samples ({data.quarantine.fingerprint}) than in {where} "
+            f"({segment.quarantine}); restore that list as {kept}"
+        )
     return data, Plan(here, data.tables, config.train.seed, segment.start)
+
+
+def kept_quarantine(config: RunConfig, fingerprint: str) -> Path:
+    """Where a run keeps a list that it has used, so that its steps can be found again when the list is written anew."""
+    return Path(config.run.dir) / config.run.name / f"quarantine-{fingerprint}.jsonl"
 
 
 def _at_new_places(data: DataConfig, now: DataConfig) -> DataConfig:
@@ -140,24 +158,23 @@ def _planned(data: DataConfig) -> dict[str, Any]:
     return flat
 
 
-def _take_over(last: Segment, step: int, config: RunConfig, data: RunData) -> Start:
+def _take_over(last: Segment, step: int, config: RunConfig, data: RunData, say: Callable[[str], None]) -> Start:
     """Where a new segment begins: samples that the last one drew and did not read come first, then each source goes on in its epoch.
 
-    Where the sources have no weights and are not the same as before, or had weights, a new pass over all of them begins instead.
+    A new pass over all sources begins instead where they have no weights and are not the same as before, where weights came or went, and
+    where blocks are others: an epoch cannot go on in another order.
     """
-    if step == last.start.step:
-        return last.start
     before, plan = open_segment(last, config)
     drawn = plan.draws(step - last.start.step)
     sizes = {name: table.num_samples for name, table in data.tables.items()}
-    is_weighted = all(source.weight is not None for source in data.config.sources.values())
-    if plan.is_weighted and is_weighted:
-        kept = {name: count for name, count in drawn.items() if name in sizes}
-        return Start(step, kept, tuple(sample for sample in unread(plan, step) if sample[0] in sizes))
-    same_sources = {name: table.num_samples for name, table in before.tables.items()} == sizes
-    if not plan.is_weighted and not is_weighted and same_sources:
-        return Start(step, drawn, unread(plan, step))
     sizes_before = {name: table.num_samples for name, table in before.tables.items()}
+    is_weighted = all(source.weight is not None for source in data.config.sources.values())
+    same_order = all(getattr(last.data, key) == getattr(data.config, key) for key in ("block_size", "blocks_in_flight"))
+    if same_order and plan.is_weighted and is_weighted:
+        return Start(step, {**last.start.drawn, **drawn}, unread(plan, step))  # a source that went may come back
+    if same_order and not plan.is_weighted and not is_weighted and sizes_before == sizes:
+        return Start(step, drawn, unread(plan, step))
+    say("  so a new pass over all sources begins: what the last one had not read is left unread")
     passes = max(
         ceil(count / (sizes_before[name] if name else sum(sizes_before.values()))) for name, count in drawn.items()
     )
@@ -167,22 +184,25 @@ def _take_over(last: Segment, step: int, config: RunConfig, data: RunData) -> St
 
 
 def unread(plan: Plan, step: int) -> tuple[tuple[str, int, int], ...]:
-    """(source name, sample id, epoch) of samples that are drawn but not read: of the window of `step`, those that none of its earlier steps
-    read a part of, and what was carried over and waits for later windows.
+    """(source name, sample id, epoch) of samples that were drawn for steps before the end of the window of `step`, or carried over by the
+    plan, and that no step before `step` read a part of or wrote down as left out.
     """
     window, place = divmod(step - plan.start.step, plan.window_steps)
     if place == 0:
-        return plan.start.carried[window * plan.samples_per_window :]
+        return plan.waiting(window)
     first = step - place
     read = _units(plan, range(first, step))
-    later = [sample for sample in _units(plan, range(step, first + plan.window_steps)) if sample not in read]
-    rest = tuple((plan.names[source], sample, epoch) for source, sample, epoch in later)
-    return rest + plan.start.carried[(window + 1) * plan.samples_per_window :]
+    later = range(step, first + plan.window_steps)
+    units = _units(plan, later)
+    unusable = {entry[:2] for number in later for bin in plan.step(number) for entry in bin.left_out}
+    drawn = zip(*(column.tolist() for column in plan.drawn_by(window)), strict=True)
+    left = [sample for sample in drawn if sample not in read and (sample in units or sample[:2] in unusable)]
+    return tuple((plan.names[source], sample, epoch) for source, sample, epoch in left) + plan.waiting(window + 1)
 
 
-def _units(plan: Plan, steps: Iterable[int]) -> dict[tuple[int, int, int], None]:
-    """(source number, sample id, epoch) that some steps read, each once, in order."""
-    return dict.fromkeys(sample[:3] for step in steps for bin in plan.step(step) for sample in bin.samples)
+def _units(plan: Plan, steps: Iterable[int]) -> set[tuple[int, int, int]]:
+    """(source number, sample id, epoch) that some steps read."""
+    return {sample[:3] for step in steps for bin in plan.step(step) for sample in bin.samples}
 
 
 def read_segments(trees: list[Any], where: str) -> list[Segment]:

@@ -228,3 +228,12 @@ def test_plan_once_reads_everything_once() -> None:
         (1, 1, 0, 1),
     ]
     assert all(b.tokens <= 100 for b in bins)
+
+
+def test_a_source_goes_on_in_its_order_when_others_come_and_go() -> None:
+    tables = {name: ArrayTable(np.full(60, 50)) for name in ("a", "b")}
+    alone = Plan(make_config(["b"], (1.0,)), {"b": tables["b"]}, 0)
+    both = Plan(make_config(["a", "b"], (1.0, 1.0)), tables, 0, Start(step=4, drawn={"b": 40}))
+    group, ids, epoch = both.draw(np.arange(40))
+    before, after = alone.draw(np.arange(40))[1], ids[(group == 1) & (epoch == 0)]
+    assert sorted([*before, *after]) == list(range(60))

@@ -22,10 +22,12 @@ from mmctx.datasets.assemble import RunData, build_data
 from mmctx.datasets.plan import Plan
 from mmctx.errors import CheckpointError, ConfigError, DataError, SkipBudgetError
 from mmctx.jsonl import read_lines
-from mmctx.train import preflight
+from mmctx.train import loop, preflight
 from mmctx.train.checkpoint import list_checkpoints, load_model, resolve_checkpoint
 from mmctx.train.config import RunConfig
 from mmctx.train.loop import train
+from mmctx.train.optim import learning_rate
+from mmctx.train.replay import replay
 
 pytestmark = pytest.mark.slow
 
@@ -119,6 +121,19 @@ def test_ctrl_c_saves_and_exits_with_its_own_code(tree: dict[str, Any], tmp_path
     assert process.returncode == 130, errors[-2000:]
     (checkpoint,) = list_checkpoints(run_dir)
     assert int(checkpoint.name.removeprefix("checkpoint-")) == read_lines(run_dir / "metrics.jsonl")[-1]["step"]
+
+
+def test_the_line_of_a_stop_between_two_lines_names_its_batch_too(tree: dict[str, Any], monkeypatch) -> None:
+    def rate(step: int, *rest) -> float:
+        if step == 1:
+            signal.raise_signal(signal.SIGINT)
+        return learning_rate(step, *rest)
+
+    monkeypatch.setattr(loop, "learning_rate", rate)
+    result = train(build(tree, "between", log_every=4, save_every=4))
+    assert (result.step, result.interrupted) == (2, True)
+    (line,) = read_lines(result.run_dir / "metrics.jsonl")
+    assert line["batch_fingerprint"] == replay(result.run_dir, 2).fingerprint
 
 
 @pytest.mark.parametrize("wish", [signal.SIGINT, signal.SIGTERM])
@@ -232,6 +247,13 @@ def test_incomplete_and_damaged_checkpoints(tree: dict[str, Any]) -> None:
     assert [p.name for p in list_checkpoints(run_dir)] == ["checkpoint-2", "checkpoint-4"]
     (run_dir / "checkpoint-4" / "COMPLETE").unlink()  # as after a kill: it does not count
     assert resolve_checkpoint(run_dir).name == "checkpoint-2"
+    path = run_dir / "checkpoint-2" / "trainer" / "optimizer.pt"
+    whole = path.read_bytes()
+    for damaged in (b"no pickle at all", whole[: len(whole) // 2]):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"optimizer\.pt: cannot be read .* delete .*checkpoint-2"):
+            train(build(tree, "damage", steps=4, save_every=2))
+    path.write_bytes(whole)
     path = run_dir / "checkpoint-2" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(CheckpointError, match=r"checkpoint-2.model\.safetensors"):
