@@ -65,7 +65,7 @@ def check_equal(folder: Path, batch_size: int) -> float:
     source, _ = data.dataset.sources[0]
     tokenize = open_clip.SimpleTokenizer()
     transform = open_clip.image_transform(224, is_train=False, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    make_image = data.dataset.preprocessors.image
+    make_image = data.dataset.tables[0].preprocessors.image
     assert make_image is not None
     differences = []
     for number in range(0, source.num_samples, max(1, source.num_samples // 40)):

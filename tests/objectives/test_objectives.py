@@ -45,10 +45,10 @@ def all_documents(data: RunData) -> list[Document]:
 def test_lengths_from_the_index_are_the_lengths_of_the_documents(data: RunData) -> None:
     """The plan packs by these lengths without decoding anything."""
     dataset = data.dataset
-    for number, (source, config) in enumerate(dataset.sources):
-        ids = np.arange(source.num_samples)
-        sizes = source.sizes(ids, dataset.preprocessors.image_tokens, dataset.preprocessors.audio_tokens)
-        for name in config.objectives:
+    for number, table in enumerate(dataset.tables):
+        ids = np.arange(table.num_samples)
+        sizes = table.source.sizes(ids, table.preprocessors.image_tokens, table.preprocessors.audio_tokens)
+        for name in table.config.objectives:
             predicted = dataset.objectives[name].lengths(sizes)
             for sample_id in ids.tolist():
                 documents = [d for d in dataset.documents(number, sample_id, 0) if d.objective == name]
