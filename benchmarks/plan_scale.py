@@ -21,11 +21,11 @@ import numpy as np
 from numpy.lib.format import open_memmap
 
 from mmctx.datasets.config import DataConfig
-from mmctx.datasets.measure import MEDIA_DTYPE, SAMPLE_DTYPE
-from mmctx.datasets.plan import Plan, share_out
-from mmctx.datasets.sidecar import ShardIndex
-from mmctx.datasets.source import Source
-from mmctx.datasets.table import Preprocessors, SourceTable
+from mmctx.datasets.planning.plan import Plan, share_out
+from mmctx.datasets.planning.table import Preprocessors, SourceTable
+from mmctx.datasets.shards.measure import MEDIA_DTYPE, SAMPLE_DTYPE
+from mmctx.datasets.shards.sidecar import ShardIndex
+from mmctx.datasets.shards.source import Source
 from mmctx.flops import Work
 from mmctx.objectives.captioning import Captioning, CaptioningConfig
 

@@ -20,12 +20,12 @@ from pathlib import Path
 import numpy as np
 from common import caption, interleaved, machine, parse, ratios, report, timed, versions, write_photos
 
-from mmctx.datasets.index import index_shards
-from mmctx.datasets.order import BlockOrder
-from mmctx.datasets.sidecar import index_folder
-from mmctx.datasets.source import Source
-from mmctx.datasets.storage import map_file
-from mmctx.datasets.tar import group_samples, scan_tar
+from mmctx.datasets.planning.order import BlockOrder
+from mmctx.datasets.remote.storage import map_file
+from mmctx.datasets.shards.index import index_shards
+from mmctx.datasets.shards.sidecar import index_folder
+from mmctx.datasets.shards.source import Source
+from mmctx.datasets.shards.tar import group_samples, scan_tar
 
 BARS = {"image": 6.0, "token": 18.0}
 """How many times faster than webdataset reading through the index should be. There is none for plain shards."""

@@ -11,10 +11,10 @@ import numpy as np
 
 from mmctx.datasets.config import DataConfig, SourceConfig
 from mmctx.datasets.fetch import PackedDataset
-from mmctx.datasets.index import expand_shards, index_shards
-from mmctx.datasets.quarantine import Quarantine
-from mmctx.datasets.source import Source
-from mmctx.datasets.table import Preprocessors, SourceTable
+from mmctx.datasets.planning.table import Preprocessors, SourceTable
+from mmctx.datasets.shards.index import expand_shards, index_shards
+from mmctx.datasets.shards.quarantine import Quarantine
+from mmctx.datasets.shards.source import Source
 from mmctx.encoders.audio import AudioPreprocessor
 from mmctx.encoders.image import ImagePreprocessor
 from mmctx.flops import estimate_work

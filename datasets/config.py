@@ -8,8 +8,8 @@ from pydantic import Field, model_validator
 
 from mmctx.config import StrictModel
 from mmctx.datasets.augment import SpecAugmentConfig
-from mmctx.datasets.block_cache import BlockCache
-from mmctx.datasets.split import LongDocuments
+from mmctx.datasets.planning.split import LongDocuments
+from mmctx.datasets.remote.block_cache import BlockCache
 
 NO_LIMIT = 1 << 60
 """Stands for a limit that is not set."""

@@ -12,8 +12,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmctx.datasets.contents import IMAGE_FORMATS, Segment, complaint, media_of, parse_json, parse_segments, read_text
-from mmctx.datasets.source import RawSample
+from mmctx.datasets.shards.contents import (
+    IMAGE_FORMATS,
+    Segment,
+    complaint,
+    media_of,
+    parse_json,
+    parse_segments,
+    read_text,
+)
+from mmctx.datasets.shards.source import RawSample
 from mmctx.errors import SampleError
 from mmctx.pack import MediaItem
 from mmctx.sample import Sample

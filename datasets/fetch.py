@@ -11,12 +11,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mmctx.datasets.augment import augment
 from mmctx.datasets.config import DataConfig, SourceConfig
-from mmctx.datasets.contents import REASONS
 from mmctx.datasets.decode import decode_sample
-from mmctx.datasets.order import derive_key
-from mmctx.datasets.plan import Bin, Plan, share_out
-from mmctx.datasets.source import Source
-from mmctx.datasets.table import SourceTable
+from mmctx.datasets.planning.order import derive_key
+from mmctx.datasets.planning.plan import Bin, Plan, share_out
+from mmctx.datasets.planning.table import SourceTable
+from mmctx.datasets.shards.contents import REASONS
+from mmctx.datasets.shards.source import Source
 from mmctx.errors import ConfigError, SampleError
 from mmctx.objectives import DataHalf
 from mmctx.pack import IGNORE_INDEX, Document, PackedBatch, Skip, pack_documents

@@ -13,7 +13,7 @@ import torch
 from mmctx import config as config_module
 from mmctx import eval as evaluation
 from mmctx.datasets.assemble import RunData, build_data
-from mmctx.datasets.plan import Plan
+from mmctx.datasets.planning.plan import Plan
 from mmctx.errors import ConfigError, DataError
 from mmctx.model import MmctxModel
 from mmctx.pack import PackedBatch

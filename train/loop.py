@@ -16,9 +16,9 @@ from torch import Tensor
 from mmctx.config import dump_config
 from mmctx.datasets.assemble import RunData, build_data
 from mmctx.datasets.fetch import StepSampler, make_loader
-from mmctx.datasets.order import derive_key
-from mmctx.datasets.plan import Plan, share_out
-from mmctx.datasets.quarantine import write_quarantine
+from mmctx.datasets.planning.order import derive_key
+from mmctx.datasets.planning.plan import Plan, share_out
+from mmctx.datasets.shards.quarantine import write_quarantine
 from mmctx.fingerprint import as_signed, bin_fingerprint, combine, show
 from mmctx.model import MmctxModel
 from mmctx.objectives import LossSum

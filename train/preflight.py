@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from mmctx.datasets.index import expand_shards
+from mmctx.datasets.shards.index import expand_shards
 from mmctx.errors import ConfigError
 from mmctx.eval import SUITES
 from mmctx.train.config import RunConfig

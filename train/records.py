@@ -18,8 +18,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from mmctx.datasets.assemble import RunData
-from mmctx.datasets.contents import REASONS
-from mmctx.datasets.plan import Plan
+from mmctx.datasets.planning.plan import Plan
+from mmctx.datasets.shards.contents import REASONS
 from mmctx.errors import SkipBudgetError
 from mmctx.jsonl import read_lines
 from mmctx.model import MmctxModel, count_parameters

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mmctx.config import load_config
 from mmctx.datasets.assemble import RunData
-from mmctx.datasets.plan import Bin, Start
+from mmctx.datasets.planning.plan import Bin, Start
 from mmctx.errors import ConfigError
 from mmctx.fingerprint import bin_fingerprint, combine, show
 from mmctx.jsonl import read_lines

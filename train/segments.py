@@ -14,7 +14,7 @@ from typing import Any
 from mmctx.config import build_config
 from mmctx.datasets.assemble import RunData, build_data
 from mmctx.datasets.config import DataConfig
-from mmctx.datasets.plan import Plan, Start
+from mmctx.datasets.planning.plan import Plan, Start
 from mmctx.errors import CheckpointError, DataError
 from mmctx.train.config import RunConfig
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast  # noqa: F401
 from mmctx.datasets.assemble import RunData, build_data
 from mmctx.datasets.config import DataConfig, SourceConfig
 from mmctx.datasets.fetch import StepSampler, make_loader
-from mmctx.datasets.plan import Plan
+from mmctx.datasets.planning.plan import Plan
 from mmctx.encoders.image import ImageEncoderConfig, image_geometry
 from mmctx.model import ModelConfig
 from mmctx.objectives.captioning import CaptioningConfig

@@ -13,7 +13,7 @@ from mmctx.datasets.build.members import LeftOut, Medium, Rendered, interleaved_
 from mmctx.datasets.build.rows import stamp
 from mmctx.datasets.build.stream import Item
 from mmctx.datasets.build.writer import Source
-from mmctx.datasets.tar import group_samples, parse_members, scan_tar
+from mmctx.datasets.shards.tar import group_samples, parse_members, scan_tar
 from mmctx.errors import DataError, SampleError
 
 Part = str | Medium | LeftOut

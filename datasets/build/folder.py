@@ -14,7 +14,7 @@ from mmctx.datasets.build.rows import columns, read_rows, stamp, table_suffix
 from mmctx.datasets.build.stream import Item
 from mmctx.datasets.build.table import TEXT_NAMES, jsonable
 from mmctx.datasets.build.writer import BuildOptions, Source, build_shards, listed, mix
-from mmctx.datasets.contents import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, parse_segments
+from mmctx.datasets.shards.contents import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, parse_segments
 from mmctx.errors import ConfigError, DataError, SampleError
 
 CAPTION_TABLES = ("captions", "metadata")

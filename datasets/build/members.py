@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import soundfile
 from PIL import Image
 
-from mmctx.datasets.contents import IMAGE_FORMATS, audio_size, complaint, image_size
+from mmctx.datasets.shards.contents import IMAGE_FORMATS, audio_size, complaint, image_size
 from mmctx.errors import SampleError
 
 # fmt: off

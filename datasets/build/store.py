@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from mmctx.datasets.build.members import Medium
 from mmctx.datasets.build.rows import stamp
 from mmctx.datasets.build.table import medium_of
-from mmctx.datasets.tar import scan_tar
+from mmctx.datasets.shards.tar import scan_tar
 from mmctx.errors import ConfigError, DataError, SampleError
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmctx.datasets.build.members import LeftOut, Members, Rendered
-from mmctx.datasets.contents import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, Segment, parse_segments
+from mmctx.datasets.shards.contents import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, Segment, parse_segments
 from mmctx.errors import SampleError
 
 _AHEAD = 8  # items a worker may be ahead of the shard: enough to keep it busy, few enough to hold in memory

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from mmctx.datasets.assemble import RunData
-from mmctx.datasets.contents import media_of, parse_json, parse_segments
-from mmctx.datasets.plan import Bin
+from mmctx.datasets.planning.plan import Bin
+from mmctx.datasets.shards.contents import media_of, parse_json, parse_segments
 from mmctx.datasets.view.media import clip_uri, png_uri, spectrogram_uri
 from mmctx.errors import DataError
 from mmctx.pack import PackedBatch

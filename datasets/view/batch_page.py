@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mmctx.datasets.assemble import RunData
-from mmctx.datasets.plan import Bin
+from mmctx.datasets.planning.plan import Bin
 from mmctx.datasets.view.batch_media import BatchMedia, Slots
 from mmctx.datasets.view.render import render
 from mmctx.datasets.view.strip import Strip, draw_strip

@@ -9,7 +9,7 @@ import numpy as np
 import soundfile
 from PIL import Image
 
-from mmctx.datasets.contents import IMAGE_FORMATS, complaint
+from mmctx.datasets.shards.contents import IMAGE_FORMATS, complaint
 from mmctx.errors import MmctxError
 
 MIME_TYPES = {

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmctx.datasets.check_defects import DEFECTS, CheckLimits, TextRules
-from mmctx.datasets.check_sample import check_sample
-from mmctx.datasets.check_shard import open_members
-from mmctx.datasets.contents import (
+from mmctx.datasets.check.defects import DEFECTS, CheckLimits, TextRules
+from mmctx.datasets.check.sample import check_sample
+from mmctx.datasets.check.shard import open_members
+from mmctx.datasets.shards.contents import (
     AUDIO_EXTENSIONS,
     IMAGE_EXTENSIONS,
     check_texts,
@@ -19,8 +19,8 @@ from mmctx.datasets.contents import (
     parse_segments,
     read_text,
 )
-from mmctx.datasets.measure import MemberReader
-from mmctx.datasets.tar import TarMember, TarSample, group_samples, scan_tar
+from mmctx.datasets.shards.measure import MemberReader
+from mmctx.datasets.shards.tar import TarMember, TarSample, group_samples, scan_tar
 from mmctx.datasets.view.media import clip_spectrogram, clip_uri, picture_uri
 from mmctx.datasets.view.render import render
 from mmctx.errors import DataError, MmctxError, SampleError

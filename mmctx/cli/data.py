@@ -13,7 +13,7 @@ from mmctx.cli.tables import check_table, stats_tables
 from mmctx.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mmctx.datasets.storage import Shard
+    from mmctx.datasets.remote.storage import Shard
     from mmctx.tokenizer import TextTokenizer
     from mmctx.train.config import RunConfig
 
@@ -34,9 +34,9 @@ def data_index(
     as_json: Json = False,
 ) -> None:
     """Write the sidecar index of each shard, where it is missing or stale."""
-    from mmctx.datasets.block_cache import BlockCache
-    from mmctx.datasets.index import expand_shards, index_shards
-    from mmctx.datasets.summary import summarise
+    from mmctx.datasets.remote.block_cache import BlockCache
+    from mmctx.datasets.shards.index import expand_shards, index_shards
+    from mmctx.datasets.shards.summary import summarise
 
     loaded = _tokenizer(tokenizer)
     cache = BlockCache.at(remote_cache_dir)
@@ -67,9 +67,9 @@ def data_check(
     as_json: Json = False,
 ) -> None:
     """Read and decode all that shards hold and list what is wrong; exit with 1 if any of it is an error."""
-    from mmctx.datasets.check import check_shards, join_results
-    from mmctx.datasets.check_defects import CheckLimits
-    from mmctx.datasets.quarantine import write_quarantine
+    from mmctx.datasets.check.defects import CheckLimits
+    from mmctx.datasets.check.source import check_shards, join_results
+    from mmctx.datasets.shards.quarantine import write_quarantine
 
     chosen = {"max_pixels": max_pixels, "max_seconds": max_seconds}
     limits = CheckLimits(**{name: value for name, value in chosen.items() if value is not None})
@@ -106,14 +106,14 @@ def data_stats(
     as_json: Json = False,
 ) -> None:
     """Show what shards hold, from their indexes alone: sizes, lengths, tokens, problems; of a config, the packing too."""
-    from mmctx.datasets.index import index_shards
-    from mmctx.datasets.stats import source_stats
+    from mmctx.datasets.shards.index import index_shards
+    from mmctx.datasets.view.stats import source_stats
 
     config, sizes, forecasted = _config(shards), {}, None
     if config is not None:
         from mmctx import api
-        from mmctx.datasets.forecast import forecast
-        from mmctx.datasets.plan import Plan
+        from mmctx.datasets.planning.forecast import forecast
+        from mmctx.datasets.planning.plan import Plan
 
         data = api.build_dataset(config)
         made = data.dataset.tables[0].preprocessors
@@ -128,7 +128,7 @@ def data_stats(
             )
             sources.append(source_stats(name, indexed, texts, **sizes))
     if plot is not None:
-        from mmctx.datasets.stats_plot import plot_stats
+        from mmctx.datasets.view.stats_plot import plot_stats
 
         plot_stats(plot, sources, forecasted)
     answer: dict[str, Any] = {"sources": {source.name: source.to_json() for source in sources}}
@@ -173,7 +173,7 @@ def _sources(
     arguments: list[str], tokenizer: Path | None, texts: list[str] | None, context_length: int | None
 ) -> list[tuple[str, list[Shard], dict[str, Any]]]:
     """(name, shards, texts and tokenizer) of each source: those of a run's config, or one of the shards given."""
-    from mmctx.datasets.index import expand_shards
+    from mmctx.datasets.shards.index import expand_shards
 
     config = _config(arguments)
     if config is None:

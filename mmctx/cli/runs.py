@@ -55,8 +55,8 @@ def evaluate(
 def plan(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
     """Show what a run will read, before it runs."""
     from mmctx import api
-    from mmctx.datasets.forecast import forecast, largest_bin
-    from mmctx.datasets.plan import Plan
+    from mmctx.datasets.planning.forecast import forecast, largest_bin
+    from mmctx.datasets.planning.plan import Plan
     from mmctx.train.memory import estimate_memory
 
     run_config = api.load_config(config, *(overrides or []))

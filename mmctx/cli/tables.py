@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from mmctx.datasets.check import CheckResult
-    from mmctx.datasets.stats import Distribution, SourceStats
+    from mmctx.datasets.check.source import CheckResult
+    from mmctx.datasets.view.stats import Distribution, SourceStats
 
 _COLOURS = {"error": "red", "warning": "yellow", "info": "cyan"}
 _PLAIN_WIDTH = 160

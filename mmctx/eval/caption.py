@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mmctx.datasets.fetch import PackedDataset
-from mmctx.datasets.plan import Bin, plan_once
+from mmctx.datasets.planning.plan import Bin, plan_once
 from mmctx.errors import MmctxError, SampleError
 from mmctx.eval.context import EvalContext
 from mmctx.generate import generate

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from mmctx.datasets.assemble import RunData
-from mmctx.datasets.plan import plan_once
+from mmctx.datasets.planning.plan import plan_once
 from mmctx.eval.config import EvalConfig
 from mmctx.model import MmctxModel
 from mmctx.objectives import AnyObjective

@@ -10,8 +10,8 @@ from html import escape
 from typing import Any
 
 from mmctx.datasets.assemble import RunData
-from mmctx.datasets.contents import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS
 from mmctx.datasets.decode import decode_audio
+from mmctx.datasets.shards.contents import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS
 from mmctx.datasets.view.media import MIME_TYPES, data_uri, spectrogram_png
 from mmctx.errors import MmctxError
 

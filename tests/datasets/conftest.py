@@ -9,7 +9,7 @@ import pytest
 from make_shards import train_tokenizer
 from servers import Nginx, find_nginx
 
-from mmctx.datasets.block_cache import BlockCache
+from mmctx.datasets.remote.block_cache import BlockCache
 
 
 @pytest.fixture(scope="session")

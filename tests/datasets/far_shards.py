@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from make_shards import write_shard
 
-from mmctx.datasets.block_cache import BlockCache
-from mmctx.datasets.index import expand_shards, index_shards
-from mmctx.datasets.source import RawSample, Source
+from mmctx.datasets.remote.block_cache import BlockCache
+from mmctx.datasets.shards.index import expand_shards, index_shards
+from mmctx.datasets.shards.source import RawSample, Source
 
 TEXTS = ("txt", "json:names.zh")
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mmctx.datasets.decode import decode_sample
-from mmctx.datasets.index import index_shards
-from mmctx.datasets.source import Source
+from mmctx.datasets.shards.index import index_shards
+from mmctx.datasets.shards.source import Source
 from mmctx.pack import MediaItem
 from mmctx.sample import Sample
 

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mmctx.datasets import block_cache, remote_file
-from mmctx.datasets.block_cache import BlockCache
-from mmctx.datasets.index import expand_shards
-from mmctx.datasets.remote_file import RemoteFile, coalesce
-from mmctx.datasets.storage import open_shard, prefetch
+from mmctx.datasets.remote import block_cache, remote_file
+from mmctx.datasets.remote.block_cache import BlockCache
+from mmctx.datasets.remote.file import RemoteFile, coalesce
+from mmctx.datasets.remote.storage import open_shard, prefetch
+from mmctx.datasets.shards.index import expand_shards
 from mmctx.errors import DataError
 
 BLOCK = 1000

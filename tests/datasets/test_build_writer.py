@@ -12,7 +12,7 @@ from reading import contents, left_out, read_back, shards_of
 from mmctx.datasets.build.folder import build_folder
 from mmctx.datasets.build.members import safe_key
 from mmctx.datasets.build.writer import BuildOptions, is_heldout
-from mmctx.datasets.tar import split_name
+from mmctx.datasets.shards.tar import split_name
 from mmctx.errors import ConfigError, DataError
 
 

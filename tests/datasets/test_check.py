@@ -22,14 +22,14 @@ from plant import PLANTED_PLAIN, clipped, plain, plant
 from typer.testing import CliRunner
 
 from mmctx.cli import app
-from mmctx.datasets.check import CheckResult, check_shards
-from mmctx.datasets.check_defects import DEFECTS, CheckLimits
-from mmctx.datasets.check_media import check_audio, check_image
-from mmctx.datasets.contents import REASONS
+from mmctx.datasets.check.defects import DEFECTS, CheckLimits
+from mmctx.datasets.check.media import check_audio, check_image
+from mmctx.datasets.check.source import CheckResult, check_shards
 from mmctx.datasets.decode import decode_sample
-from mmctx.datasets.index import index_shard, index_shards
-from mmctx.datasets.quarantine import Quarantine, write_quarantine
-from mmctx.datasets.source import Source
+from mmctx.datasets.shards.contents import REASONS
+from mmctx.datasets.shards.index import index_shard, index_shards
+from mmctx.datasets.shards.quarantine import Quarantine, write_quarantine
+from mmctx.datasets.shards.source import Source
 from mmctx.errors import ConfigError, DataError, SampleError
 from mmctx.pack import MediaItem
 
@@ -116,8 +116,8 @@ def test_a_bomb_is_refused_by_its_header() -> None:
     code = """
 import io, sys
 from plant import flac_of_length, png_of_size
-from mmctx.datasets.check_defects import CheckLimits
-from mmctx.datasets.check_media import check_audio, check_image
+from mmctx.datasets.check.defects import CheckLimits
+from mmctx.datasets.check.media import check_audio, check_image
 import resource
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for make, check, name in ((png_of_size(60000, 60000), check_image, "png"), (png_of_size(9000, 9000), check_image, "png"),

@@ -11,8 +11,8 @@ from make_shards import encode_audio, encode_image, make_document, make_triples,
 from PIL import Image
 
 from mmctx.datasets.decode import decode_audio, decode_image, decode_sample
-from mmctx.datasets.index import index_shard
-from mmctx.datasets.source import RawSample, Source
+from mmctx.datasets.shards.index import index_shard
+from mmctx.datasets.shards.source import RawSample, Source
 from mmctx.errors import SampleError
 from mmctx.pack import MediaItem
 

@@ -13,7 +13,7 @@ from tiny import book, png, words, write_shard
 
 from mmctx.config import build_config
 from mmctx.datasets.assemble import RunData, build_data
-from mmctx.datasets.plan import Bin, Plan
+from mmctx.datasets.planning.plan import Bin, Plan
 from mmctx.errors import ConfigError
 from mmctx.pack import Document, PackedBatch
 from mmctx.train.config import RunConfig

@@ -16,7 +16,7 @@ import yaml
 from servers import Nginx
 
 from mmctx.config import build_config
-from mmctx.datasets.index import expand_shards
+from mmctx.datasets.shards.index import expand_shards
 from mmctx.jsonl import read_lines
 from mmctx.train.config import RunConfig
 from mmctx.train.loop import train

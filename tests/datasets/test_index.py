@@ -23,14 +23,14 @@ from make_shards import (
     write_shard,
 )
 
-from mmctx.datasets.contents import REASONS
-from mmctx.datasets.index import expand_shards, index_shard, index_shards
-from mmctx.datasets.measure import MemberReader
-from mmctx.datasets.sidecar import index_folder
-from mmctx.datasets.source import Source
-from mmctx.datasets.storage import open_shard
-from mmctx.datasets.tar import scan_tar
-from mmctx.datasets.tokens import TokenCounter
+from mmctx.datasets.remote.storage import open_shard
+from mmctx.datasets.shards.contents import REASONS
+from mmctx.datasets.shards.index import expand_shards, index_shard, index_shards
+from mmctx.datasets.shards.measure import MemberReader
+from mmctx.datasets.shards.sidecar import index_folder
+from mmctx.datasets.shards.source import Source
+from mmctx.datasets.shards.tar import scan_tar
+from mmctx.datasets.shards.tokens import TokenCounter
 from mmctx.errors import ConfigError, DataError
 
 TEXTS = ("txt", "json:names.zh", "json:names.fr")
@@ -137,7 +137,7 @@ def test_large_members_are_measured_without_being_read_whole(tmp_path, tokenizer
         {"__key__": "d", "mp3": encode_audio(np.sin(np.arange(80_000) / 9), 16000, "MP3")},
         {"__key__": "e", "ogg": encode_audio(np.sin(np.arange(80_000) / 9), 16000, "OGG")},
     ]
-    monkeypatch.setattr("mmctx.datasets.measure._SMALL", 4096)
+    monkeypatch.setattr("mmctx.datasets.shards.measure._SMALL", 4096)
     index = index_shard(write_shard(tmp_path / "x.tar", samples), tokenizer, ("txt",))
     assert index.problems() == []
     rows = [(0, 300, 200), (1, 90_000, 8000), (0, 300, 200), (1, 80_000, 16000), (1, 80_000, 16000)]
@@ -200,7 +200,7 @@ def test_a_pool_makes_the_same_indexes(tmp_path, tokenizer):
 
 
 def test_workers_need_no_torch():
-    code = "import sys, mmctx.datasets.index; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, mmctx.datasets.shards.index; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmctx.datasets.order import BlockOrder, Mixture, permute
+from mmctx.datasets.planning.order import BlockOrder, Mixture, permute
 
 
 @given(size=st.integers(1, 5000), key=st.integers(0, 2**63))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmctx.datasets.packing import alike, best_fit, deal, even_fit
+from mmctx.datasets.planning.packing import alike, best_fit, deal, even_fit
 
 
 @given(sizes=st.lists(st.integers(1, 100), max_size=80), capacity=st.integers(100, 300))

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmctx.datasets.config import DataConfig
-from mmctx.datasets.contents import REASONS
 from mmctx.datasets.fetch import StepSampler
-from mmctx.datasets.plan import Plan, Start, plan_once, share_out
-from mmctx.datasets.table import Units
+from mmctx.datasets.planning.plan import Plan, Start, plan_once, share_out
+from mmctx.datasets.planning.table import Units
+from mmctx.datasets.shards.contents import REASONS
 from mmctx.errors import ConfigError, DataError
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmctx.datasets.quarantine import Quarantine, QuarantineEntry, write_quarantine
+from mmctx.datasets.shards.quarantine import Quarantine, QuarantineEntry, write_quarantine
 from mmctx.errors import DataError
 
 

@@ -15,13 +15,13 @@ from far_shards import TEXTS, drop_blocks, open_source, same, write_big_shard
 from make_shards import make_document, make_triples, write_shard
 from servers import FlakyServer
 
-from mmctx.datasets import retry
-from mmctx.datasets.block_cache import BLOCK_BYTES
-from mmctx.datasets.index import expand_shards, index_shard, index_shards
-from mmctx.datasets.remote import RemoteShard
-from mmctx.datasets.sidecar import index_folder
-from mmctx.datasets.source import Source
-from mmctx.datasets.storage import open_shard
+from mmctx.datasets.remote import retry
+from mmctx.datasets.remote.block_cache import BLOCK_BYTES
+from mmctx.datasets.remote.server import RemoteShard
+from mmctx.datasets.remote.storage import open_shard
+from mmctx.datasets.shards.index import expand_shards, index_shard, index_shards
+from mmctx.datasets.shards.sidecar import index_folder
+from mmctx.datasets.shards.source import Source
 from mmctx.errors import DataError
 
 pytest.importorskip("aiohttp", reason="needs the extra `remote`")

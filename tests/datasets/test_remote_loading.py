@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 from mmctx.cli import app
 from mmctx.config import build_config
 from mmctx.datasets.assemble import RunData, build_data
-from mmctx.datasets.block_cache import BLOCK_BYTES
 from mmctx.datasets.fetch import StepSampler, make_loader
-from mmctx.datasets.index import expand_shards, index_shards
-from mmctx.datasets.plan import Plan
-from mmctx.datasets.source import RawSample, Source
+from mmctx.datasets.planning.plan import Plan
+from mmctx.datasets.remote.block_cache import BLOCK_BYTES
+from mmctx.datasets.shards.index import expand_shards, index_shards
+from mmctx.datasets.shards.source import RawSample, Source
 from mmctx.train.config import RunConfig
 
 pytest.importorskip("aiohttp", reason="needs the extra `remote`")

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from make_shards import make_triples, write_shard
 
-from mmctx.datasets.block_cache import BlockCache
-from mmctx.datasets.index import expand_shards, index_shards
-from mmctx.datasets.source import Source
+from mmctx.datasets.remote.block_cache import BlockCache
+from mmctx.datasets.shards.index import expand_shards, index_shards
+from mmctx.datasets.shards.source import Source
 from mmctx.errors import DataError
 
 moto = pytest.importorskip("moto.server", reason="needs moto[server]")

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from make_shards import make_triples, train_tokenizer, write_shard
 
-from mmctx.datasets import sidecar
-from mmctx.datasets.index import index_shard
-from mmctx.datasets.sidecar import index_folder
+from mmctx.datasets.shards import sidecar
+from mmctx.datasets.shards.index import index_shard
+from mmctx.datasets.shards.sidecar import index_folder
 from mmctx.tokenizer import TextTokenizer
 
 TEXTS = ("txt", "json:names.zh", "json:names.fr")

@@ -11,9 +11,9 @@ import pytest
 import webdataset
 from make_shards import area, clip_length, make_document, make_triples, write_shard
 
-from mmctx.datasets.index import index_shard, index_shards
-from mmctx.datasets.source import Source
-from mmctx.datasets.summary import summarise
+from mmctx.datasets.shards.index import index_shard, index_shards
+from mmctx.datasets.shards.source import Source
+from mmctx.datasets.shards.summary import summarise
 from mmctx.errors import DataError
 
 TEXTS = ("txt", "json:names.zh", "json:names.fr")
@@ -70,7 +70,7 @@ def test_source_can_be_pickled_after_reading(shard, tokenizer):
 
 
 def test_open_files_are_bounded(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("mmctx.datasets.source._OPEN_FILES", 2)
+    monkeypatch.setattr("mmctx.datasets.shards.source._OPEN_FILES", 2)
     shards = [write_shard(tmp_path / f"x-{n}.tar", make_triples(1, seed=n)) for n in range(4)]
     source = Source("s", index_shards(shards, tokenizer, ("txt",)), ("txt",))
     before = len(os.listdir("/proc/self/fd"))

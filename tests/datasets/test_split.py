@@ -17,9 +17,9 @@ from tiny import book, png, tiny_tree, words, write_shard
 
 from mmctx.config import build_config
 from mmctx.datasets.assemble import RunData, build_data
-from mmctx.datasets.contents import REASONS
-from mmctx.datasets.split import ENDING, cut, split_sample
-from mmctx.datasets.table import SourceTable
+from mmctx.datasets.planning.split import ENDING, cut, split_sample
+from mmctx.datasets.planning.table import SourceTable
+from mmctx.datasets.shards.contents import REASONS
 from mmctx.errors import SampleError
 from mmctx.pack import Document, MediaItem
 from mmctx.sample import Sample

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from mmctx.cli import app
 from mmctx.cli.tables import bars
-from mmctx.datasets.index import index_shards
-from mmctx.datasets.stats import Distribution, bin_edges, source_stats
+from mmctx.datasets.shards.index import index_shards
+from mmctx.datasets.view.stats import Distribution, bin_edges, source_stats
 from mmctx.errors import MmctxError
 
 

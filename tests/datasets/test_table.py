@@ -12,10 +12,10 @@ from tiny import book, flac, png, words, write_shard
 
 from mmctx.config import build_config
 from mmctx.datasets.assemble import RunData, build_data
-from mmctx.datasets.contents import REASONS
-from mmctx.datasets.plan import Bin, Plan
-from mmctx.datasets.quarantine import QuarantineEntry, write_quarantine
-from mmctx.datasets.table import SourceTable
+from mmctx.datasets.planning.plan import Bin, Plan
+from mmctx.datasets.planning.table import SourceTable
+from mmctx.datasets.shards.contents import REASONS
+from mmctx.datasets.shards.quarantine import QuarantineEntry, write_quarantine
 from mmctx.train.config import RunConfig
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from make_shards import make_triples, write_shard
 from webdataset.tariterators import base_plus_ext
 
-from mmctx.datasets.tar import BLOCK, group_samples, parse_members, quick_members, scan_tar, split_name
+from mmctx.datasets.shards.tar import BLOCK, group_samples, parse_members, quick_members, scan_tar, split_name
 from mmctx.errors import DataError, SampleError
 
 

@@ -9,7 +9,7 @@ import torch
 
 from mmctx.config import build_config
 from mmctx.datasets.assemble import build_data
-from mmctx.datasets.plan import Plan
+from mmctx.datasets.planning.plan import Plan
 from mmctx.jsonl import read_lines
 from mmctx.train.build import build_model
 from mmctx.train.config import RunConfig

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmctx.config import build_config
 from mmctx.datasets.assemble import build_data
-from mmctx.datasets.plan import Plan
+from mmctx.datasets.planning.plan import Plan
 from mmctx.model import MmctxModel
 from mmctx.pack import PackedBatch
 from mmctx.train.config import RunConfig

@@ -13,9 +13,9 @@ import pytest
 
 from mmctx.config import build_config
 from mmctx.datasets.assemble import build_data
-from mmctx.datasets.index import index_shards
-from mmctx.datasets.plan import Plan
-from mmctx.datasets.quarantine import QuarantineEntry, write_quarantine
+from mmctx.datasets.planning.plan import Plan
+from mmctx.datasets.shards.index import index_shards
+from mmctx.datasets.shards.quarantine import QuarantineEntry, write_quarantine
 from mmctx.errors import CheckpointError
 from mmctx.tokenizer import TextTokenizer
 from mmctx.train.config import RunConfig

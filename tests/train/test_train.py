@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from mmctx.config import build_config
 from mmctx.datasets.assemble import RunData, build_data
-from mmctx.datasets.plan import Plan
+from mmctx.datasets.planning.plan import Plan
 from mmctx.errors import CheckpointError, ConfigError, DataError, SkipBudgetError
 from mmctx.jsonl import read_lines
 from mmctx.train import loop, preflight

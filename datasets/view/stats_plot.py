@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmctx.datasets.stats import SourceStats, bin_edges
+from mmctx.datasets.view.stats import SourceStats, bin_edges
 from mmctx.errors import MmctxError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def plot_stats(path: Path, sources: Sequence[SourceStats], forecast: Mapping[str
     Args:
         path: of the picture.
         sources: at least one.
-        forecast: what `mmctx.datasets.forecast.forecast` gives, to draw how full bins will be.
+        forecast: what `mmctx.datasets.planning.forecast.forecast` gives, to draw how full bins will be.
 
     Raises:
         MmctxError: matplotlib is not installed, or does not know the extension.

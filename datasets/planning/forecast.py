@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mmctx.datasets.plan import Bin, Plan, share_out
+from mmctx.datasets.planning.plan import Bin, Plan, share_out
 
 TRIAL_STEPS = 256
 RANKS = (2, 4, 8)

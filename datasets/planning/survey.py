@@ -9,8 +9,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from mmctx.datasets.contents import REASONS
-from mmctx.datasets.table import LIMITED, Table
+from mmctx.datasets.planning.table import LIMITED, Table
+from mmctx.datasets.shards.contents import REASONS
 
 IN_FULL = 1 << 17
 """Sources of up to so many samples are looked at in full."""

@@ -14,10 +14,10 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
-from mmctx.datasets import remote
-from mmctx.datasets.block_cache import BlockCache
-from mmctx.datasets.remote import RemoteShard
-from mmctx.datasets.remote_file import RemoteBuffer, RemoteFile, fetch_all
+from mmctx.datasets.remote import server as remote
+from mmctx.datasets.remote.block_cache import BlockCache
+from mmctx.datasets.remote.file import RemoteBuffer, RemoteFile, fetch_all
+from mmctx.datasets.remote.server import RemoteShard
 from mmctx.errors import DataError
 
 Shard = Path | RemoteShard

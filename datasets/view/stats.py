@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from mmctx.datasets.contents import REASONS
-from mmctx.datasets.measure import MEDIA_KINDS
-from mmctx.datasets.sidecar import ShardIndex
+from mmctx.datasets.shards.contents import REASONS
+from mmctx.datasets.shards.measure import MEDIA_KINDS
+from mmctx.datasets.shards.sidecar import ShardIndex
 
 MediaTokens = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """(widths, heights) or (numbers of samples, rates in Hz), each (m,) int64 -> tokens (m,)."""

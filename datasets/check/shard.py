@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mmctx.datasets.check_defects import DEFECTS, CheckLimits, Finding, TextRules
-from mmctx.datasets.check_sample import INTERLEAVED, SampleCheck, check_sample
-from mmctx.datasets.measure import MemberReader
-from mmctx.datasets.sidecar import content_hash
-from mmctx.datasets.storage import Buffer, Shard, map_file, open_shard
-from mmctx.datasets.tar import BLOCK, TarMember, TarSample, group_samples, scan_tar, split_name
-from mmctx.datasets.tokens import TokenCounter
+from mmctx.datasets.check.defects import DEFECTS, CheckLimits, Finding, TextRules
+from mmctx.datasets.check.sample import INTERLEAVED, SampleCheck, check_sample
+from mmctx.datasets.remote.storage import Buffer, Shard, map_file, open_shard
+from mmctx.datasets.shards.measure import MemberReader
+from mmctx.datasets.shards.sidecar import content_hash
+from mmctx.datasets.shards.tar import BLOCK, TarMember, TarSample, group_samples, scan_tar, split_name
+from mmctx.datasets.shards.tokens import TokenCounter
 from mmctx.errors import DataError
 
 _MAGIC = {

@@ -13,10 +13,10 @@ import numpy as np
 from torch import Tensor
 
 from mmctx.datasets.config import NO_LIMIT, DataConfig, SourceConfig
-from mmctx.datasets.contents import REASONS
-from mmctx.datasets.measure import MEDIA_KINDS
-from mmctx.datasets.source import Source
-from mmctx.datasets.split import ENDING, cut, split_sample
+from mmctx.datasets.planning.split import ENDING, cut, split_sample
+from mmctx.datasets.shards.contents import REASONS
+from mmctx.datasets.shards.measure import MEDIA_KINDS
+from mmctx.datasets.shards.source import Source
 from mmctx.errors import ConfigError
 from mmctx.flops import Work
 from mmctx.objectives import DataHalf

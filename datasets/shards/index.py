@@ -12,11 +12,11 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmctx.datasets.block_cache import BlockCache
-from mmctx.datasets.contents import check_texts
-from mmctx.datasets.sidecar import ShardIndex, ensure_index
-from mmctx.datasets.storage import Shard, as_shard, find_remote, is_remote, local_path
-from mmctx.datasets.tokens import TokenCounter
+from mmctx.datasets.remote.block_cache import BlockCache
+from mmctx.datasets.remote.storage import Shard, as_shard, find_remote, is_remote, local_path
+from mmctx.datasets.shards.contents import check_texts
+from mmctx.datasets.shards.sidecar import ShardIndex, ensure_index
+from mmctx.datasets.shards.tokens import TokenCounter
 from mmctx.errors import DataError
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from mmctx.datasets.contents import REASONS
+from mmctx.datasets.shards.contents import REASONS
 
 Level = Literal["error", "warning", "info"]
 

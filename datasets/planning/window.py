@@ -14,9 +14,9 @@ from statistics import NormalDist
 
 import numpy as np
 
-from mmctx.datasets.packing import even_fit
-from mmctx.datasets.survey import Survey
-from mmctx.datasets.table import LIMITED
+from mmctx.datasets.planning.packing import even_fit
+from mmctx.datasets.planning.survey import Survey
+from mmctx.datasets.planning.table import LIMITED
 
 ENOUGH = 0.986
 """Expected fill at which windows need not grow any more."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mmctx.datasets.check_defects import DEFECTS, CheckLimits, TextRules
-from mmctx.datasets.check_media import MediaDefect, check_audio, check_image
-from mmctx.datasets.contents import (
+from mmctx.datasets.check.defects import DEFECTS, CheckLimits, TextRules
+from mmctx.datasets.check.media import MediaDefect, check_audio, check_image
+from mmctx.datasets.shards.contents import (
     AUDIO_EXTENSIONS,
     IMAGE_EXTENSIONS,
     Segment,
@@ -17,9 +17,9 @@ from mmctx.datasets.contents import (
     read_text,
     text_members,
 )
-from mmctx.datasets.measure import MemberReader
-from mmctx.datasets.tar import TarMember, TarSample
-from mmctx.datasets.tokens import TokenCounter
+from mmctx.datasets.shards.measure import MemberReader
+from mmctx.datasets.shards.tar import TarMember, TarSample
+from mmctx.datasets.shards.tokens import TokenCounter
 from mmctx.errors import SampleError
 
 _READ = {"image": IMAGE_EXTENSIONS, "audio": AUDIO_EXTENSIONS}

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from mmctx.datasets.measure import MEDIA_KINDS
-from mmctx.datasets.sidecar import ShardIndex
+from mmctx.datasets.shards.measure import MEDIA_KINDS
+from mmctx.datasets.shards.sidecar import ShardIndex
 
 
 def summarise(shards: Sequence[ShardIndex]) -> dict[str, Any]:

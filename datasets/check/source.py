@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmctx.datasets.check_defects import DEFECTS, CheckLimits, Finding, Level, TextRules
-from mmctx.datasets.check_shard import ShardCheck, check_shard
-from mmctx.datasets.contents import check_texts
-from mmctx.datasets.quarantine import QuarantineEntry
-from mmctx.datasets.storage import Shard, as_shard
-from mmctx.datasets.tar import TarMember, group_samples, scan_tar
-from mmctx.datasets.tokens import TokenCounter
+from mmctx.datasets.check.defects import DEFECTS, CheckLimits, Finding, Level, TextRules
+from mmctx.datasets.check.shard import ShardCheck, check_shard
+from mmctx.datasets.remote.storage import Shard, as_shard
+from mmctx.datasets.shards.contents import check_texts
+from mmctx.datasets.shards.quarantine import QuarantineEntry
+from mmctx.datasets.shards.tar import TarMember, group_samples, scan_tar
+from mmctx.datasets.shards.tokens import TokenCounter
 from mmctx.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

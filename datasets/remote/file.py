@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from mmctx.datasets.block_cache import BLOCK_BYTES
-from mmctx.datasets.remote import Connection, RemoteShard
+from mmctx.datasets.remote.block_cache import BLOCK_BYTES
+from mmctx.datasets.remote.server import Connection, RemoteShard
 from mmctx.errors import DataError
 
 _MAX_GAP = 1  # blocks between two wanted ones that cost less to read than another request

@@ -16,11 +16,11 @@ from itertools import pairwise
 import numpy as np
 
 from mmctx.datasets.config import DataConfig
-from mmctx.datasets.order import BlockOrder, Mixture, derive_key
-from mmctx.datasets.packing import alike, best_fit, deal, even_fit
-from mmctx.datasets.survey import survey
-from mmctx.datasets.table import Table, Units
-from mmctx.datasets.window import fit_window
+from mmctx.datasets.planning.order import BlockOrder, Mixture, derive_key
+from mmctx.datasets.planning.packing import alike, best_fit, deal, even_fit
+from mmctx.datasets.planning.survey import survey
+from mmctx.datasets.planning.table import Table, Units
+from mmctx.datasets.planning.window import fit_window
 from mmctx.errors import DataError
 
 

@@ -9,7 +9,8 @@ from typing import BinaryIO, cast
 
 import numpy as np
 
-from mmctx.datasets.contents import (
+from mmctx.datasets.remote.storage import Shard, ShardFile, open_shard
+from mmctx.datasets.shards.contents import (
     REASONS,
     Problem,
     audio_size,
@@ -18,8 +19,7 @@ from mmctx.datasets.contents import (
     parse_json,
     parse_segments,
 )
-from mmctx.datasets.storage import Shard, ShardFile, open_shard
-from mmctx.datasets.tar import TarMember, TarSample, group_samples
+from mmctx.datasets.shards.tar import TarMember, TarSample, group_samples
 from mmctx.errors import DataError, SampleError
 
 SAMPLE_DTYPE = np.dtype(

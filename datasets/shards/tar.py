@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
-from mmctx.datasets.storage import Buffer, Shard, map_file
+from mmctx.datasets.remote.storage import Buffer, Shard, map_file
 from mmctx.errors import DataError, SampleError
 
 BLOCK = 512

@@ -13,8 +13,8 @@ import numpy as np
 import soundfile
 from PIL import Image
 
-from mmctx.datasets.check_defects import CheckLimits
-from mmctx.datasets.contents import IMAGE_FORMATS, complaint
+from mmctx.datasets.check.defects import CheckLimits
+from mmctx.datasets.shards.contents import IMAGE_FORMATS, complaint
 
 _FORMATS = {  # of an extension, as Pillow and libsndfile name them
     "jpg": ("JPEG",),

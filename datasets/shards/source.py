@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmctx.datasets.contents import REASONS
-from mmctx.datasets.measure import MEDIA_DTYPE, MEDIA_KINDS
-from mmctx.datasets.quarantine import Quarantine
-from mmctx.datasets.sidecar import ShardIndex
-from mmctx.datasets.storage import Shard, ShardFile, is_local, open_shard, prefetch
-from mmctx.datasets.tar import parse_members, quick_members
-from mmctx.datasets.tokens import MEDIA
+from mmctx.datasets.remote.storage import Shard, ShardFile, is_local, open_shard, prefetch
+from mmctx.datasets.shards.contents import REASONS
+from mmctx.datasets.shards.measure import MEDIA_DTYPE, MEDIA_KINDS
+from mmctx.datasets.shards.quarantine import Quarantine
+from mmctx.datasets.shards.sidecar import ShardIndex
+from mmctx.datasets.shards.tar import parse_members, quick_members
+from mmctx.datasets.shards.tokens import MEDIA
 from mmctx.errors import DataError
 from mmctx.sample import SampleSizes
 

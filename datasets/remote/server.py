@@ -15,8 +15,8 @@ from functools import cache, lru_cache
 from hashlib import blake2b
 from typing import Any
 
-from mmctx.datasets.block_cache import BlockCache
-from mmctx.datasets.retry import ShortRead, describe, http_status, is_absent, persist
+from mmctx.datasets.remote.block_cache import BlockCache
+from mmctx.datasets.remote.retry import ShortRead, describe, http_status, is_absent, persist
 from mmctx.errors import DataError
 
 PROTOCOLS = {"http": "remote", "https": "remote", "s3": "remote", "gs": "gcs", "memory": "", "file": ""}

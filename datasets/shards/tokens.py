@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from mmctx.datasets.contents import REASONS, Problem, parse_json, parse_segments, read_text, text_members
-from mmctx.datasets.measure import MemberReader
-from mmctx.datasets.storage import Shard, open_shard
-from mmctx.datasets.tar import group_samples, scan_tar
+from mmctx.datasets.remote.storage import Shard, open_shard
+from mmctx.datasets.shards.contents import REASONS, Problem, parse_json, parse_segments, read_text, text_members
+from mmctx.datasets.shards.measure import MemberReader
+from mmctx.datasets.shards.tar import group_samples, scan_tar
 from mmctx.errors import DataError, SampleError
 
 if TYPE_CHECKING:

@@ -26,13 +26,13 @@ from typing import Any
 
 import numpy as np
 
-from mmctx.datasets.arrays import map_array
-from mmctx.datasets.contents import Problem
-from mmctx.datasets.hashes import content_hash, ends_hash
-from mmctx.datasets.measure import ShardContents, measure_shard
-from mmctx.datasets.storage import Shard, index_path, stamp, uploaded_index
-from mmctx.datasets.tar import scan_tar
-from mmctx.datasets.tokens import TokenCounter, count_tokens
+from mmctx.datasets.remote.storage import Shard, index_path, stamp, uploaded_index
+from mmctx.datasets.shards.arrays import map_array
+from mmctx.datasets.shards.contents import Problem
+from mmctx.datasets.shards.hashes import content_hash, ends_hash
+from mmctx.datasets.shards.measure import ShardContents, measure_shard
+from mmctx.datasets.shards.tar import scan_tar
+from mmctx.datasets.shards.tokens import TokenCounter, count_tokens
 from mmctx.errors import DataError
 
 INDEX_VERSION = 1

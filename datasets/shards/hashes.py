@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from mmctx.datasets.storage import Shard, map_file
-from mmctx.datasets.tar import TarMember
+from mmctx.datasets.remote.storage import Shard, map_file
+from mmctx.datasets.shards.tar import TarMember
 
 _HASHED_ENDS = 1 << 16
 
