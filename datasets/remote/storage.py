@@ -1,7 +1,7 @@
 """Where shards lie: the one place that knows local files from remote ones.
 
 local     a path: mapped while it is scanned, read in place, its index beside it
-remote    a url (`remote.py`), read through a cache of its blocks (`remote_file.py`), its index in the cache's folder
+remote    a url (`server.py`), read through a cache of its blocks (`file.py`), its index in the cache's folder
 """
 
 from __future__ import annotations

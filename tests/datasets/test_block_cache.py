@@ -14,7 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mmctx.datasets.remote import block_cache, remote_file
+from mmctx.datasets.remote import block_cache
+from mmctx.datasets.remote import file as remote_file
 from mmctx.datasets.remote.block_cache import BlockCache
 from mmctx.datasets.remote.file import RemoteFile, coalesce
 from mmctx.datasets.remote.storage import open_shard, prefetch
