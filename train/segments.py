@@ -5,6 +5,7 @@ Each is recorded in the checkpoint with where it starts, so that every step of a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from math import ceil
@@ -192,12 +193,14 @@ def unread(plan: Plan, step: int) -> tuple[tuple[str, int, int], ...]:
         return plan.waiting(window)
     first = step - place
     read = _units(plan, range(first, step))
-    later = range(step, first + plan.window_steps)
-    units = _units(plan, later)
-    unusable = {entry[:2] for number in later for bin in plan.step(number) for entry in bin.left_out}
-    drawn = zip(*(column.tolist() for column in plan.drawn_by(window)), strict=True)
-    left = [sample for sample in drawn if sample not in read and (sample in units or sample[:2] in unusable)]
-    return tuple((plan.names[source], sample, epoch) for source, sample, epoch in left) + plan.waiting(window + 1)
+    told = Counter(entry[:2] for number in range(first, step) for bin in plan.step(number) for entry in bin.left_out)
+    left = []
+    for source, sample, epoch in zip(*(column.tolist() for column in plan.drawn_by(window)), strict=True):
+        if told[source, sample]:  # a window may draw it in several epochs: it is told of as often
+            told[source, sample] -= 1
+        elif (source, sample, epoch) not in read:
+            left.append((plan.names[source], sample, epoch))
+    return tuple(left) + plan.waiting(window + 1)
 
 
 def _units(plan: Plan, steps: Iterable[int]) -> set[tuple[int, int, int]]:
