@@ -50,7 +50,7 @@ class PackedDataset(Dataset[PackedBatch]):
         # by number (a uid holds it) and name of the source, and sample
         self._cache: dict[tuple[int, str, int], Sample] = {}
         self._cache_room = cache_mb << 20
-        self.undecodable: list[Skip] = []  # what this process came across, as often as it did
+        self.undecodable: dict[tuple[str, str], Skip] = {}  # by shard and key: what this process came across
 
     @property
     def sources(self) -> list[tuple[Source, SourceConfig]]:
@@ -96,7 +96,7 @@ class PackedDataset(Dataset[PackedBatch]):
     def note(self, source_number: int, sample_id: int, error: SampleError) -> Skip:
         """Remembers a sample that could not be used, in `undecodable` and as the line for the ledger."""
         skip = self._skip(source_number, sample_id, error.reason, error.detail)
-        self.undecodable.append(skip)
+        self.undecodable[skip.shard, skip.key] = skip
         return skip
 
     def left_out(self, source_number: int, sample_id: int, code: int) -> Skip:
@@ -161,7 +161,7 @@ class StepSampler(Sampler[Bin]):
             fitting = [count for count in range(1, bins + 1) if bins % count == 0]
             raise ConfigError(
                 f"data.bins_per_step={bins} cannot be shared out evenly among {world_size} processes; start "
-                f"{' or '.join(map(str, fitting))} of them, or a new run with data.bins_per_step={-(-bins // world_size) * world_size}"
+                f"{' or '.join(map(str, fitting))} of them, or set data.bins_per_step={-(-bins // world_size) * world_size}"
             )
         self.plan, self.first_step, self.last_step = plan, first_step, last_step
         self.rank, self.world_size = rank, world_size

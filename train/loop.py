@@ -38,7 +38,7 @@ from mmctx.train.records import (
     trim,
     write_manifest,
 )
-from mmctx.train.segments import continue_segments, kept_quarantine, read_segments
+from mmctx.train.segments import continue_segments, kept_quarantine, read_segments, write_segments
 from mmctx.train.stop import StopOnSignal
 
 
@@ -298,7 +298,9 @@ class Sitting:
 
     def _introduce(self, resumed: bool) -> None:
         state, plan, steps = self.state, self.plan, self.config.train.steps
-        if resumed:
+        if resumed and state.step >= steps:
+            self.bar.say(f"{self.run_dir} is at step {state.step} already: raise train.steps={steps} to train on")
+        elif resumed:
             self.bar.say(f"resuming {self.run_dir} at step {state.step} of {steps}")
             if state.planned_steps != steps:
                 self.bar.say(
@@ -306,6 +308,7 @@ class Sitting:
                 )
                 state.planned_steps = steps
         dump_config(self.config, self.run_dir / "config.yaml")
+        write_segments(self.run_dir, state.segments)
         manifest = write_manifest(self.run_dir, self.raw_model, plan, self.accelerator)
         self.bar.say(
             f"{self.run_dir}: {manifest['parameters']:,} parameters, {plan.num_samples:,} samples, "

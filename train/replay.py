@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from mmctx.config import load_config
@@ -12,9 +14,8 @@ from mmctx.errors import ConfigError
 from mmctx.fingerprint import bin_fingerprint, combine, show
 from mmctx.jsonl import read_lines
 from mmctx.pack import PackedBatch
-from mmctx.train.checkpoint import list_checkpoints, read_state
 from mmctx.train.config import RunConfig, RunInfo
-from mmctx.train.segments import Segment, open_segment, read_segments, segment_of
+from mmctx.train.segments import NO_CHANGE_OF_PLAN, SEGMENTS, Segment, open_segment, read_segments, segment_of
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class GlobalBatch:
 
 
 def replay(where: Path, step: int, overrides: tuple[str, ...] = ()) -> GlobalBatch:
-    """The global batch of a step, from a run folder (with the segments that its newest checkpoint records) or a configuration.
+    """The global batch of a step, from a run folder (with the segments that it records) or a configuration.
 
     Args:
         where: a run folder, or a YAML file.
@@ -54,18 +55,28 @@ def replay(where: Path, step: int, overrides: tuple[str, ...] = ()) -> GlobalBat
     if step < 1:
         raise ConfigError(f"--step counts from 1, as in metrics.jsonl, found {step}")
     is_run = where.is_dir()
+    if not where.exists():
+        raise ConfigError(f"{where}: neither a run folder nor a run's YAML file")
+    if is_run and (planned := [o for o in overrides if not _changes_no_batch(o)]):
+        raise ConfigError(
+            f"{where} has read what it has read: {planned[0]!r} would change it; give the YAML file to see what if"
+        )
     config = load_config(RunConfig, where / "config.yaml" if is_run else where, overrides)
     if is_run:  # wherever it has been moved to
         home = where.resolve()
         config = config.model_copy(update={"run": RunInfo(name=home.name, dir=str(home.parent))})
-    checkpoints = list_checkpoints(where) if is_run else []
-    if checkpoints:
-        segments = read_segments(read_state(checkpoints[-1]).segments, str(checkpoints[-1]))
+    if is_run and (where / SEGMENTS).exists():
+        segments = read_segments(json.loads((where / SEGMENTS).read_text()), str(where / SEGMENTS))
     else:
         segments = [Segment(Start(), config.data, {})]
     data, plan = open_segment(segment_of(segments, step - 1), config)
     bins = plan.step(step - 1)
     return GlobalBatch(step, data, bins, [data.dataset[bin] for bin in bins])
+
+
+def _changes_no_batch(override: str) -> bool:
+    key = override.partition("=")[0]
+    return key in {f"data.{name}" for name in NO_CHANGE_OF_PLAN} or fnmatch(key, "data.sources.*.shards")
 
 
 def recorded_fingerprint(run_dir: Path, step: int) -> str | None:

@@ -5,6 +5,8 @@ Each is recorded in the checkpoint with where it starts, so that every step of a
 
 from __future__ import annotations
 
+import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +20,9 @@ from mmctx.datasets.config import DataConfig
 from mmctx.datasets.planning.plan import Plan, Start
 from mmctx.errors import CheckpointError, DataError
 from mmctx.train.config import RunConfig
+
+SEGMENTS = "segments.json"
+"""File of a run folder that lists its segments."""
 
 NO_CHANGE_OF_PLAN = (
     "num_workers",
@@ -206,6 +211,13 @@ def unread(plan: Plan, step: int) -> tuple[tuple[str, int, int], ...]:
 def _units(plan: Plan, steps: Iterable[int]) -> set[tuple[int, int, int]]:
     """(source number, sample id, epoch) that some steps read."""
     return {sample[:3] for step in steps for bin in plan.step(step) for sample in bin.samples}
+
+
+def write_segments(run_dir: Path, trees: list[Any]) -> None:
+    """Puts the segments beside the metrics: a line may be written, and replayed, before the next checkpoint."""
+    fresh = run_dir / ".segments.json"
+    fresh.write_text(json.dumps(trees))
+    os.replace(fresh, run_dir / SEGMENTS)
 
 
 def read_segments(trees: list[Any], where: str) -> list[Segment]:

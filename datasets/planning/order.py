@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mmctx.errors import ConfigError
+
 _ROUNDS = 6  # four make a strong permutation of random functions (Luby and Rackoff 1988); two more for our light mixer
 
 
@@ -97,12 +99,16 @@ class BlockOrder:
 class Mixture:
     """Interleaves sources by weight in closed form: stream position -> (source, ordinal within it).
 
-    Weights are rounded to a cycle of 4,096 draws, spread evenly over it.
+    Weights are rounded to a cycle of 4,096 draws, spread evenly over it; every source gets one of them at least.
     """
 
     CYCLE = 4096
 
     def __init__(self, weights: Sequence[float]) -> None:
+        if len(weights) > self.CYCLE:
+            raise ConfigError(
+                f"data.sources: {len(weights)} sources with weights, at most {self.CYCLE}; join some of them"
+            )
         share = np.asarray(weights, dtype=np.float64) / np.sum(weights) * self.CYCLE
         counts = np.maximum(np.floor(share), 1).astype(np.int64)
         while counts.sum() < self.CYCLE:  # largest remainder

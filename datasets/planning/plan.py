@@ -1,4 +1,4 @@
-"""Which samples each global step reads: a pure function of (config, index, seed, step), integers only.
+"""Which samples each global step reads: a pure function of (config, index, seed, step), from the index alone.
 
 Positions of an endless stream are drawn from the sources in closed form (`order`), windows of many steps are packed independently
 (`packing`, `window`), and each step takes bins of like cost. Nothing depends on the number of ranks or
@@ -79,7 +79,7 @@ class Plan:
             if not len(found.units):
                 raise DataError(
                     f"data.sources.{name}: no usable sample in {config.sources[name].shards} ({_counts(found.reasons)}); "
-                    "run `mmctx data check` to see why"
+                    "for over_long see data.context_length, the limits of bins and long_documents; for the rest run `mmctx data check`"
                 )
         self.is_weighted = config.sources[self.names[0]].weight is not None
         sizes = [table.num_samples for table in self.tables]

@@ -45,11 +45,11 @@ def table(answer: dict[str, Any], indent: str = "") -> str:
     """Nested dicts as aligned lines."""
     lines = []
     for key, value in answer.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             lines += [f"{indent}{key}", table(value, indent + "  ")]
         else:
-            shown = (
-                f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
-            )
+            shown = "none" if value in ({}, []) else str(value)
+            if isinstance(value, int | float):
+                shown = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
             lines.append(f"{indent}{key:<{max(1, 28 - len(indent))}} {shown}")
     return "\n".join(line for line in lines if line)

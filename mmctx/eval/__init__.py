@@ -44,7 +44,8 @@ def evaluate(context: EvalContext, suites: Sequence[str]) -> dict[str, Any]:
 def count_skips(context: EvalContext) -> dict[str, int]:
     """Held-out samples that could not be used, by reason, each once."""
     found = {
-        (skip.shard, skip.key): skip.reason for skip in (*context.data.left_out(), *context.data.dataset.undecodable)
+        (skip.shard, skip.key): skip.reason
+        for skip in (*context.data.left_out(), *context.data.dataset.undecodable.values())
     }
     return dict(Counter(found.values()))
 

@@ -18,7 +18,7 @@ import yaml
 
 from mmctx.config import build_config
 from mmctx.datasets.assemble import build_data
-from mmctx.errors import CheckpointError
+from mmctx.errors import CheckpointError, ConfigError
 from mmctx.jsonl import read_lines
 from mmctx.train.checkpoint import list_checkpoints
 from mmctx.train.config import RunConfig
@@ -116,6 +116,19 @@ def test_replay_rebuilds_what_a_run_read(elastic: dict[str, Any], tmp_path: Path
     path.write_text(yaml.safe_dump(elastic))
     assert replay(path, 7).fingerprint == fingerprints(run_dir)[7]
     assert replay(path, 7, ("train.seed=9",)).fingerprint != fingerprints(run_dir)[7]
+
+
+def test_replay_says_what_it_cannot_do(elastic: dict[str, Any], tmp_path: Path, capfd) -> None:
+    elastic["train"]["steps"] = 2
+    run_dir = train(config_of(elastic, "asked")).run_dir
+    with pytest.raises(ConfigError, match=r"nope: neither a run folder nor"):
+        replay(tmp_path / "nope", 1)
+    with pytest.raises(ConfigError, match=r"'data.bin_tokens=9' would change it"):
+        replay(run_dir, 1, ("data.bin_tokens=9",))
+    assert replay(run_dir, 1, ("data.num_workers=1",)).fingerprint == fingerprints(run_dir)[1]
+    elastic["train"]["steps"] = 1
+    assert train(config_of(elastic, "asked")).step == 2
+    assert "is at step 2 already: raise train.steps=1" in capfd.readouterr().err
 
 
 def samples_read(run_dir: Path, steps: range) -> list[tuple[str, int, int]]:
