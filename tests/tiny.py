@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -176,3 +177,13 @@ def tiny_tree(corpus: Path, runs: Path) -> dict[str, Any]:
         },
         "eval": {"sources": {"heldout": triples | {"shards": str(corpus / "heldout-*.tar")}}, "max_new_tokens": 6},
     }
+
+
+def damaged(tree: dict[str, Any], corpus: Path, copy: Path) -> dict[str, Any]:
+    """The same run over a copy of the corpus with one picture (`triple0003`) whose header is whole and whose pixels are not."""
+    shutil.copytree(corpus, copy, ignore=shutil.ignore_patterns("*.index"))
+    shard, picture = copy / "triples-000000.tar", png(3)
+    content = shard.read_bytes()
+    assert content.count(picture) == 1
+    shard.write_bytes(content.replace(picture, picture[:60] + bytes(len(picture) - 60)))
+    return json.loads(json.dumps(tree).replace(str(corpus), str(copy)))

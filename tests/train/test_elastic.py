@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from tiny import damaged
 
 from mmctx.config import build_config
 from mmctx.datasets.assemble import build_data
@@ -87,12 +88,29 @@ def kill_after(process: subprocess.Popen, run_dir: Path, step: int) -> int:
     return int(list_checkpoints(run_dir)[-1].name.removeprefix("checkpoint-"))
 
 
-def test_any_ranks_and_workers_read_the_same_global_batches(elastic: dict[str, Any], tmp_path: Path) -> None:
-    """Saved at 2 ranks x 2 workers and killed, resumed at 1 x 0 and killed, then 4 x 1, and (from the first save again) 2 x 3."""
+def ledger(run_dir: Path) -> set[tuple[int, str, str]]:
+    """(step, key, reason) of all ranks."""
+    return {
+        (line["step"], line["key"], line["reason"])
+        for path in run_dir.glob("skips*.jsonl")
+        for line in read_lines(path)
+    }
+
+
+def test_any_ranks_and_workers_read_the_same_global_batches(
+    elastic: dict[str, Any], corpus: Path, tmp_path: Path
+) -> None:
+    """Saved at 2 ranks x 2 workers and killed, resumed at 1 x 0 and killed, then 4 x 1, and (from the first save again) 2 x 3.
+
+    One picture cannot be decoded: it is skipped at the same steps everywhere.
+    """
+    elastic = damaged(elastic, corpus, tmp_path / "corpus")
+    elastic["data"]["skip_budget"] = 0.5
     whole = train(config_of(elastic, "whole")).run_dir
     expected = fingerprints(whole)
     assert list(expected) == list(range(1, STEPS + 1))
     assert len(set(expected.values())) == STEPS
+    assert {("triple0003", "undecodable_image")} <= {entry[1:] for entry in ledger(whole)}
     run_dir = Path(elastic["run"]["dir"]) / "elastic"
     first = kill_after(launch(elastic, tmp_path, "elastic", ranks=2, workers=2), run_dir, 6)
     second = kill_after(launch(elastic, tmp_path, "elastic", ranks=1, workers=0), run_dir, first + 3)
@@ -102,6 +120,7 @@ def test_any_ranks_and_workers_read_the_same_global_batches(elastic: dict[str, A
         _, errors = process.communicate(timeout=400)
         assert process.returncode == 0, errors[-3000:]
         assert fingerprints(run_dir) == expected
+        assert ledger(run_dir) == ledger(whole)
         for checkpoint in list_checkpoints(run_dir)[2:]:  # set the run back to where the first sitting stood
             (checkpoint / "COMPLETE").unlink()
     losses = [[line["loss"] for line in read_lines(d / "metrics.jsonl")] for d in (whole, run_dir)]

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tiny import damaged
 
 from mmctx.config import build_config
 from mmctx.datasets.assemble import RunData, build_data
@@ -249,8 +250,8 @@ def test_incomplete_and_damaged_checkpoints(tree: dict[str, Any]) -> None:
     assert resolve_checkpoint(run_dir).name == "checkpoint-2"
     path = run_dir / "checkpoint-2" / "trainer" / "optimizer.pt"
     whole = path.read_bytes()
-    for damaged in (b"no pickle at all", whole[: len(whole) // 2]):
-        path.write_bytes(damaged)
+    for broken in (b"no pickle at all", whole[: len(whole) // 2]):
+        path.write_bytes(broken)
         with pytest.raises(CheckpointError, match=r"optimizer\.pt: cannot be read .* delete .*checkpoint-2"):
             train(build(tree, "damage", steps=4, save_every=2))
     path.write_bytes(whole)
@@ -328,7 +329,7 @@ def one_rank_sees_nothing(plan: Plan, data: RunData) -> bool:
 
 
 def test_undecodable_samples_are_skipped_and_written_down(tree: dict[str, Any], corpus: Path, tmp_path: Path) -> None:
-    config = build(damaged(tree, corpus, tmp_path), "skips", steps=4)
+    config = build(damaged(tree, corpus, tmp_path / "corpus"), "skips", steps=4)
     run_dir = train(config.model_copy(update={"data": config.data.model_copy(update={"skip_budget": 0.5})})).run_dir
     skips = read_lines(run_dir / "skips.jsonl")
     assert {"step", "source", "shard", "key", "reason", "detail"} <= skips[0].keys()
@@ -337,13 +338,13 @@ def test_undecodable_samples_are_skipped_and_written_down(tree: dict[str, Any], 
 
 
 def test_too_many_skips_stop_the_run_and_name_the_shard(tree: dict[str, Any], corpus: Path, tmp_path: Path) -> None:
-    config = build(damaged(tree, corpus, tmp_path), "budget", steps=40)
+    config = build(damaged(tree, corpus, tmp_path / "corpus"), "budget", steps=40)
     with pytest.raises(SkipBudgetError, match=r"skip_budget=0\.0 allows; most in .*triples-000000\.tar"):
         train(config.model_copy(update={"data": config.data.model_copy(update={"skip_budget": 0.0})}))
 
 
 def test_a_single_process_notices_skips_before_it_logs(tree: dict[str, Any], corpus: Path, tmp_path: Path) -> None:
-    tree = damaged(tree, corpus, tmp_path)
+    tree = damaged(tree, corpus, tmp_path / "corpus")
     tree["data"]["skip_budget"] = 0.0
     with pytest.raises(SkipBudgetError):
         train(build(tree, "early", steps=40, log_every=1000, save_every=1000))
@@ -361,17 +362,3 @@ def test_many_samples_left_out_from_the_start_are_a_warning(tree: dict[str, Any]
     warning = f"WARNING: data.sources.books: {books} of 12 samples are left out ({books} over_long)"
     assert warning in capfd.readouterr().err
     assert read_lines(run_dir / "metrics.jsonl")[-1]["left_out/over_long"] == len(skips)
-
-
-def damaged(tree: dict[str, Any], corpus: Path, tmp_path: Path) -> dict[str, Any]:
-    """The corpus with one picture whose header is whole and whose pixels are not."""
-    copy = tmp_path / "corpus"
-    shutil.copytree(corpus, copy, ignore=shutil.ignore_patterns("*.index"))
-    shard = copy / "triples-000000.tar"
-    from tiny import png
-
-    picture = png(3)
-    content = shard.read_bytes()
-    assert content.count(picture) == 1
-    shard.write_bytes(content.replace(picture, picture[:60] + bytes(len(picture) - 60)))
-    return json.loads(json.dumps(tree).replace(str(corpus), str(copy)))
