@@ -9,7 +9,7 @@ import pytest
 
 from mmctx.config import build_config
 from mmctx.datasets.assemble import build_data
-from mmctx.datasets.plan import Plan, Start
+from mmctx.datasets.planning.plan import Plan, Start
 from mmctx.train.config import RunConfig
 from mmctx.train.segments import unread
 
