@@ -72,7 +72,7 @@ def test_train_then_eval(config: Path, tmp_path: Path) -> None:
     assert "<html" in (run_dir / "report.html").read_text()
 
     again = run("train", config, "train.steps=3", "run.name=cli", "--json")
-    assert "resuming" in again.stderr
+    assert "is at step 3 already" in again.stderr
     results = json.loads(run("eval", run_dir / "latest", "--suite", "retrieval", "--json").stdout)
     for direction, scores in report["retrieval"].items():
         assert results["retrieval"][direction] == pytest.approx(scores, rel=1e-5)

@@ -22,6 +22,7 @@ from mmctx.train.checkpoint import TrainerState, save_checkpoint
 from mmctx.train.config import RunConfig
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "code",
     [
