@@ -58,7 +58,8 @@ def test_python_names_exist() -> None:
 
 def test_yaml_is_a_data_section() -> None:
     (section,) = [yaml.safe_load(block) for language, block in BLOCKS if language == "yaml"]
-    build_config(DataConfig, section["data"], "README.md")
+    config = build_config(DataConfig, section["data"], "README.md")
+    assert config.sources.keys() == section["data"]["sources"].keys()
 
 
 def test_linked_files_exist() -> None:

@@ -38,6 +38,7 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def print_answer(answer: dict[str, Any], as_json: bool, text: str) -> None:
+    """Prints what a command found on stdout: `answer` as one JSON object, or `text` for people."""
     print(json.dumps(answer) if as_json else text)  # ASCII alone: keys of tars may be any bytes
 
 
