@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmctx.attention import attention
 from mmctx.encoders.log_mel import AudioEncoderConfig, AudioPreprocessor
@@ -99,6 +100,15 @@ class AudioEncoder(nn.Module):
             # Bias and GELU make padding non-zero: zero it again, or the next layer's last real frame would see it.
             x = nn.functional.gelu(conv(x, starts=offsets == 0)) * real  # (L/2, C), (L/4, C) ... (P, C)
         return self.stem_norm(x) + self.positions[offsets // self.config.stride]
+
+    @staticmethod
+    def flops(config: AudioEncoderConfig, dim: int) -> int:
+        """FLOPs of the forward pass for one embedding; attention among those of a clip is not counted."""
+        with torch.device("meta"):
+            encoder = AudioEncoder(config, dim)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            encoder(encoder.empty_batch("meta"))
+        return counter.get_total_flops()
 
     def empty_batch(self, device: torch.device | str) -> MediaBatch:
         """One clip of zeros that fills no slot, for ranks without sound: multiply its embedding by zero."""

@@ -104,6 +104,14 @@ class ImageEncoder(nn.Module):
         x = pixel_shuffle(x.unflatten(1, (grid, grid)), self.shuffle)  # (I, g/r, g/r, C*r*r)
         return self.projector(x.flatten(0, 2))
 
+    @staticmethod
+    def flops(config: ImageEncoderConfig, dim: int) -> int:
+        """FLOPs of the forward pass over one picture."""
+        geometry = image_geometry(config)
+        with torch.device("meta"):
+            projector = build_projector(config.projector, geometry.width * config.shuffle**2, dim)
+        return geometry.flops + 2 * geometry.num_tokens * sum(p.numel() for p in projector.parameters() if p.ndim == 2)
+
     def empty_batch(self, device: torch.device | str) -> MediaBatch:
         """One black picture that fills no slot, for ranks without pictures: multiply its embeddings by zero."""
         size = self.geometry.image_size

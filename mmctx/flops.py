@@ -10,11 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from mmctx.model import ENCODERS, VOCAB_MULTIPLE, ModelConfig
-from mmctx.pack import MediaBatch
+from mmctx.encoders.audio import AudioEncoder
+from mmctx.encoders.image import ImageEncoder
+from mmctx.model import VOCAB_MULTIPLE, ModelConfig
 from mmctx.transformer import TransformerConfig
 
 FORWARD_AND_BACKWARD = 3
@@ -58,13 +57,14 @@ def count_pairs(lengths: np.ndarray, causal: bool, window: int | None) -> np.nda
 
 def estimate_work(config: ModelConfig, vocab_size: int) -> Work:
     """The work of a model, from its config alone: encoders are run once without data, on the meta device."""
+    image, audio = config.image, config.audio
     trunk = config.transformer
     rows = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     return Work(
         token=2 * FORWARD_AND_BACKWARD * trunk_matrices(trunk),
         label=2 * FORWARD_AND_BACKWARD * rows * trunk.width,
-        image=_encoder_work("image", config),
-        audio_token=_encoder_work("audio", config),
+        image=FORWARD_AND_BACKWARD * ImageEncoder.flops(image, trunk.width) if image else 0,
+        audio_token=FORWARD_AND_BACKWARD * AudioEncoder.flops(audio, trunk.width) if audio else 0,
         windows=tuple(trunk.layer_window(layer) for layer in range(trunk.depth)),
         width=trunk.num_heads * trunk.head_width,
     )
@@ -74,18 +74,3 @@ def trunk_matrices(config: TransformerConfig) -> int:
     """Parameters of the matrices that every token passes."""
     heads = 2 * config.num_heads + 2 * config.kv_heads  # queries and output, keys and values
     return config.depth * config.width * (heads * config.head_width + 3 * config.mlp_width)
-
-
-def _encoder_work(kind: str, config: ModelConfig) -> int:
-    """FLOPs of one picture, or of one embedding of sound."""
-    part = getattr(config, kind)
-    if part is None:
-        return 0
-    if getattr(part, "pretrained", False):
-        part = part.model_copy(update={"pretrained": False})  # shapes are enough
-    with torch.device("meta"):
-        encoder = ENCODERS[kind](part, config.transformer.width)
-    batch: MediaBatch = encoder.empty_batch("meta")  # type: ignore[operator]
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        encoder(batch)
-    return FORWARD_AND_BACKWARD * counter.get_total_flops() // sum(batch.num_tokens if kind == "audio" else (1,))

@@ -71,9 +71,14 @@ class TextTokenizer:
         return np.flatnonzero(self.is_word)
 
     @cached_property
+    def definition(self) -> str:
+        """The whole mapping from text to ids, as `tokenizer.json` holds it."""
+        return self.hf.backend_tokenizer.to_str()
+
+    @cached_property
     def fingerprint(self) -> str:
         """Names the mapping from text to ids: token counts in an index belong to one fingerprint."""
-        return hashlib.blake2b(self.hf.backend_tokenizer.to_str().encode(), digest_size=8).hexdigest()
+        return hashlib.blake2b(self.definition.encode(), digest_size=8).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
         """(L,) int64 ids of `text`; special tokens written out in the text are read as plain characters."""

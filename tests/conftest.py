@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+_CACHE = tempfile.TemporaryDirectory(prefix="mmctx-cache-")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name  # what tests find does not depend on what this user ran before
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

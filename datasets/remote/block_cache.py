@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmctx.errors import DataError
+from mmctx.user_cache import user_cache
 
 BLOCK_BYTES = 1 << 21
 """Small enough that a lone sample brings little else, large enough that a request is mostly data, not waiting."""
@@ -48,7 +49,7 @@ class BlockCache:
     @classmethod
     def at(cls, folder: str | None = None, gigabytes: float = _DEFAULT_GB) -> BlockCache:
         """The cache in `folder`, by default ``$XDG_CACHE_HOME/mmctx`` (``~/.cache/mmctx``), bounded in GiB."""
-        base = folder or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "mmctx")
+        base = folder or str(user_cache())
         return cls(os.path.abspath(os.path.expanduser(base)), int(gigabytes * 2**30))
 
     def has(self, shard: str, number: int) -> bool:

@@ -59,7 +59,7 @@ class TokenCounter:
     @classmethod
     def of(cls, tokenizer: TextTokenizer) -> TokenCounter:
         """The counter of a tokenizer."""
-        return cls(tokenizer.hf.backend_tokenizer.to_str(), tokenizer.fingerprint)
+        return cls(tokenizer.definition, tokenizer.fingerprint)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_tokenizer": None}
