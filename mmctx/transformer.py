@@ -9,9 +9,8 @@ Shapes: T tokens, D width, H query heads, K key/value heads, d head width, F fee
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -21,23 +20,7 @@ from mmctx.attention import attention
 from mmctx.config import StrictModel
 from mmctx.kv_cache import KVCache
 from mmctx.layout import DocumentLayout
-
-
-class RopeConfig(StrictModel):
-    """Rotary position embedding (Su et al. 2021) and how it is stretched to a longer context."""
-
-    base: float = Field(default=10_000.0, gt=1)
-    """Wavelength base; larger bases turn more slowly."""
-    scaling: Literal["none", "linear", "ntk", "yarn"] = "none"
-    """none; linear: positions divided by `factor` (Chen et al. 2023); ntk: base raised instead; yarn: by parts (Peng et al. 2023)."""
-    factor: float = Field(default=1.0, ge=1)
-    """How many times longer the new context is than `original_context`."""
-    original_context: int = Field(default=2048, ge=1)
-    """Context the weights were trained at; only yarn reads it."""
-    beta_fast: float = 32.0
-    """yarn: dimensions that turn more often than this within the original context are left alone."""
-    beta_slow: float = 1.0
-    """yarn: dimensions that turn less often than this are fully interpolated."""
+from mmctx.rope import RopeConfig, Rotary, rotate
 
 
 class TransformerConfig(StrictModel):
@@ -111,63 +94,6 @@ class TransformerConfig(StrictModel):
         return self.window if self.pattern[layer % len(self.pattern)] == "local" else None
 
 
-def rope_frequencies(config: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
-    """Angular frequencies (d / 2,) in float64, and the factor that scales cosines and sines (not 1 only for yarn).
-
-    Equal to `transformers.modeling_rope_utils` for the same parameters.
-    """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
-    base, factor = config.base, config.factor
-    if config.scaling == "ntk":
-        base = base * factor ** (head_dim / (head_dim - 2))
-    plain = base**-exponents
-    if config.scaling == "linear":
-        return plain / factor, 1.0
-    if config.scaling != "yarn":
-        return plain, 1.0
-
-    def dimension(rotations: float) -> float:  # the dimension that makes this many turns within the original context
-        return head_dim * math.log(config.original_context / (rotations * 2 * math.pi)) / (2 * math.log(base))
-
-    low = max(math.floor(dimension(config.beta_fast)), 0)
-    high = min(math.ceil(dimension(config.beta_slow)), head_dim - 1)
-    ramp = (torch.arange(head_dim // 2, dtype=torch.float64) - low) / max(high - low, 0.001)
-    interpolated = ramp.clamp(0, 1)
-    frequencies = plain / factor * interpolated + plain * (1 - interpolated)
-    return frequencies, 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-
-class _Rotate(torch.autograd.Function):
-    """Rotation of (T, H, d) by (T, 1, d / 2) angles in half the memory passes that autograd's own graph takes.
-
-    A rotation's gradient is the rotation back.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _rotated(grad_outputs[0], cos, -sin), None, None
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    exact = x.to(cos.dtype)  # angles rounded to bf16 would blur positions in a long context
-    out = torch.empty_like(exact, memory_format=torch.contiguous_format)
-    (first, second), (out_first, out_second) = exact.chunk(2, dim=-1), out.chunk(2, dim=-1)
-    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=out_second).addcmul_(first, sin)
-    return out.to(x.dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates (T, H, d) by (T, 1, d / 2) angles, halves convention (Llama's)."""
-    return _Rotate.apply(x, cos, sin)  # type: ignore[no-any-return]
-
-
 class Attention(nn.Module):
     """Grouped-query self-attention within documents: (T, D) -> (T, D)."""
 
@@ -234,9 +160,7 @@ class Transformer(nn.Module):
         self.config = config
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
         self.norm = config.make_norm(config.width)
-        # no buffer: `model.bfloat16()` must not round them
-        self.frequencies, self.rope_scale = rope_frequencies(config.rope, config.head_width)
-        self._frequencies: dict[torch.device, Tensor] = {}
+        self.rope = Rotary(config.rope, config.head_width)
         self.apply(self._initialise)
 
     def _initialise(self, module: nn.Module) -> None:
@@ -249,15 +173,6 @@ class Transformer(nn.Module):
         ):  # residual branches start small, so that depth does not blow up the stream (GPT-2)
             for out in (module.attention.out, module.mlp.down):
                 nn.init.normal_(out.weight, std=0.02 / math.sqrt(2 * self.config.depth))
-
-    def rope(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (T, 1, d / 2) of positions (T,), in float32 at least."""
-        precision = torch.float64 if dtype == torch.float64 else torch.float32
-        if position_ids.device not in self._frequencies:  # copied to a device once: copies wait for it
-            self._frequencies[position_ids.device] = self.frequencies.to(position_ids.device)
-        frequencies = self._frequencies[position_ids.device].to(precision)
-        angles = position_ids.to(precision)[:, None, None] * frequencies
-        return angles.cos() * self.rope_scale, angles.sin() * self.rope_scale
 
     def forward(
         self, embeddings: Tensor, position_ids: Tensor, layout: DocumentLayout, cache: KVCache | None = None

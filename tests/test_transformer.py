@@ -10,7 +10,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mmctx.kv_cache import KVCache
 from mmctx.layout import DocumentLayout
-from mmctx.transformer import RopeConfig, Transformer, TransformerConfig, rope_frequencies
+from mmctx.rope import RopeConfig, rope_frequencies
+from mmctx.transformer import Transformer, TransformerConfig
 
 SHAPE = {"width": 48, "depth": 3, "num_heads": 6, "num_kv_heads": 2, "mlp_width": 80, "norm_eps": 1e-6}
 
