@@ -108,7 +108,8 @@ class SourceTable:
         whole, flags = self.source.sizes_and_flags(ids, pre.image_tokens, pre.audio_tokens)
         longest = self._longest(whole)
         low, high = self.config.lengths
-        flags = np.where((flags == 0) & ((longest < low) | (longest > (high or NO_LIMIT))), _OTHER_LENGTH, flags)
+        outside = (longest > 0) & ((longest < low) | (longest > (high or NO_LIMIT)))
+        flags = np.where((flags == 0) & outside, _OTHER_LENGTH, flags)
         long = (flags == 0) & (longest > self.data.context_length)
         owner, part = np.arange(len(ids)), np.zeros(len(ids), np.int64)
         sizes = whole
