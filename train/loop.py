@@ -130,6 +130,7 @@ class Sitting:
         self.stages, self.steps = config.stages, config.steps
         self.raw_model = model
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.saved = self.state.step
         self.bar = ProgressBar(self.steps, self.state.step, enabled=accelerator.is_main_process)
         self.metrics: Metrics | None = None
         self.ledger = self._open_records(last_step=state.step if state else -1)
@@ -162,7 +163,7 @@ class Sitting:
         """Every step from the current one on."""
         config, state = self.config, self.state
         with StopOnSignal() as stop:  # before the loader's workers start
-            batches, first = self._batches(), state.step
+            batches = self._batches()
             interval = Interval()
             self.model.train()
             while state.step < self.steps and not self._stopped(stop):
@@ -180,7 +181,7 @@ class Sitting:
                     self._save()
             if interval.steps:  # stopped by a signal
                 self._log(interval)
-            if state.step > first:
+            if state.step > self.saved:
                 self._save()
         interrupted, main = state.step < self.steps, self.accelerator.is_main_process
         return TrainResult(self.run_dir, state.step, interrupted, state.train_seconds, main)
@@ -298,6 +299,7 @@ class Sitting:
         self.ledger.check(state.skipped, state.samples + state.skipped)
 
     def _save(self) -> None:
+        self.saved = self.state.step
         if self.accelerator.is_main_process:
             tokenizer = self.data.tokenizer
             path = save_checkpoint(self.run_dir, self.config, self.raw_model, tokenizer, self.optimizer, self.state)
@@ -337,7 +339,7 @@ class Sitting:
         manifest = write_manifest(self.run_dir, self.raw_model, plan, self.accelerator)
         self.bar.say(
             f"{self.run_dir}: {manifest['parameters']:,} parameters, {plan.num_samples:,} samples, "
-            f"{plan.samples_per_step:.1f} of them a step"
+            f"{plan.samples_per_step:.3g} of them a step"
         )
         for warning in explain_left_out(plan, self.data):
             self.bar.say(warning)
