@@ -180,6 +180,10 @@ def _take_over(last: Segment, step: int, config: RunConfig, data: RunData, say: 
     """
     before, plan = open_segment(last, config)
     drawn = plan.draws(step - last.start.step)
+    if begun := count_begun(plan, step):
+        say(
+            f"  {begun} parts of documents that were split and read in part stay unread: other sizes would cut them elsewhere"
+        )
     sizes = {name: table.num_samples for name, table in data.tables.items()}
     sizes_before = {name: table.num_samples for name, table in before.tables.items()}
     is_weighted = all(source.weight is not None for source in data.config.sources.values())
@@ -214,6 +218,14 @@ def unread(plan: Plan, step: int) -> tuple[tuple[str, int, int], ...]:
         elif (source, sample, epoch) not in read:
             left.append((plan.names[source], sample, epoch))
     return tuple(left) + plan.waiting(window + 1)
+
+
+def count_begun(plan: Plan, step: int) -> int:
+    """Parts of split documents that steps from `step` to the end of its window would have read, of which earlier steps read other parts."""
+    place = (step - plan.start.step) % plan.window_steps
+    read = _units(plan, range(step - place, step))
+    rest = range(step, step - place + plan.window_steps) if place else ()
+    return sum(sample[:3] in read for later in rest for bin in plan.step(later) for sample in bin.samples)
 
 
 def _units(plan: Plan, steps: Iterable[int]) -> set[tuple[int, int, int]]:
