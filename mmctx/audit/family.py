@@ -1,0 +1,40 @@
+"""Which documents to perturb together, so that few passes see every ordered pair of them.
+
+A pass perturbs some units (documents, or the items of an encoder) and looks at the others: it tests every pair (perturbed, not perturbed)
+at once. Testing all pairs therefore needs far fewer passes than units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import combinations, count, islice
+from math import comb
+
+
+def every_pair(num_units: int) -> list[tuple[int, ...]]:
+    """Sets of units such that for every ordered pair (i, j) some set holds i and not j.
+
+    Each unit gets its own set of m // 2 of m passes. No such set contains another, so unit i has a pass that unit j has not; and no m
+    could be smaller (Sperner 1928). 463 documents take 12 passes.
+    """
+    num_passes = next(m for m in count() if comb(m, m // 2) >= num_units)
+    if num_units < 2:
+        return [(unit,) for unit in range(num_units)]
+    passes: list[list[int]] = [[] for _ in range(num_passes)]
+    for unit, members in enumerate(islice(combinations(range(num_passes), num_passes // 2), num_units)):
+        for number in members:
+            passes[number].append(unit)
+    return [tuple(units) for units in passes if units]
+
+
+def neighbours(num_units: int) -> list[tuple[int, ...]]:
+    """Every other unit, then the rest: two passes that see each unit beside its neighbours, in both directions."""
+    return [units for first in (0, 1) if (units := tuple(range(first, num_units, 2)))]
+
+
+def narrow(candidates: Sequence[int], is_guilty: Callable[[Sequence[int]], bool]) -> int:
+    """One of the candidates that suffices to make `is_guilty` true, given that all of them together do; earlier ones are preferred."""
+    while len(candidates) > 1:
+        half = candidates[: (len(candidates) + 1) // 2]
+        candidates = half if is_guilty(half) else candidates[len(half) :]
+    return candidates[0]
