@@ -33,8 +33,14 @@ def neighbours(num_units: int) -> list[tuple[int, ...]]:
 
 
 def narrow(candidates: Sequence[int], is_guilty: Callable[[Sequence[int]], bool]) -> int:
-    """One of the candidates that suffices to make `is_guilty` true, given that all of them together do; earlier ones are preferred."""
-    while len(candidates) > 1:
-        half = candidates[: (len(candidates) + 1) // 2]
-        candidates = half if is_guilty(half) else candidates[len(half) :]
-    return candidates[0]
+    """One of the candidates that suffices to make `is_guilty` true, given that all of them together do; earlier ones are preferred.
+
+    Asks the first, then the next two, four and so on: the first candidates are the likely ones.
+    """
+    size = 1
+    while size < len(candidates):
+        some = candidates[:size]
+        if is_guilty(some):
+            return narrow(some, is_guilty) if size > 1 else some[0]
+        candidates, size = candidates[size:], 2 * size
+    return narrow(candidates, is_guilty) if len(candidates) > 1 else candidates[0]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-MAX_EXAMPLES = 5
+MAX_EXAMPLES = 3
 """Leaks, and blind spots, that are told one by one for each row; the row counts all of them."""
 
 
