@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from mmctx.audit.encoders import EncoderAudit
-from mmctx.audit.family import every_pair, neighbours
+from mmctx.audit.family import every_pair, neighbours, stretches
 from mmctx.audit.forward import ForwardAudit
 from mmctx.audit.gradients import GradientAudit
 from mmctx.audit.modes import left_as_it_was, other_modes, own_mode, running
@@ -105,7 +105,9 @@ def _audit_mode(subject: Subject, mode: Mode, report: AuditReport, progress: Cal
     else:
         report.notes.append(f"{mode}: two equal runs differ, so that only gradients can be held to be zero")
     gradients = GradientAudit(subject, mode, report)
-    jobs += [partial(gradients.run_pass, some, n) for n, some in enumerate(family(len(subject.owned.lengths)))]
+    num_documents = len(subject.owned.lengths)
+    jobs += [partial(gradients.run_pass, some, number) for number, some in enumerate(family(num_documents))]
+    jobs += [partial(gradients.run_loss_pass, some) for some in stretches(num_documents)]
     for kind, media in subject.batch.media.items():
         if len(media.num_tokens) > 1:
             encoder = EncoderAudit(subject, kind, mode, report)

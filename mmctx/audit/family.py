@@ -32,6 +32,13 @@ def neighbours(num_units: int) -> list[tuple[int, ...]]:
     return [units for first in (0, 1) if (units := tuple(range(first, num_units, 2)))]
 
 
+def stretches(num_units: int) -> list[tuple[int, ...]]:
+    """The first and the third quarter, then the rest: two passes that leave neighbours together, as the views of a sample are."""
+    quarter = -(-num_units // 4)
+    halves = [tuple(unit for unit in range(num_units) if unit // quarter % 2 == side) for side in (0, 1)]
+    return [units for units in halves if units]
+
+
 def narrow(candidates: Sequence[int], is_guilty: Callable[[Sequence[int]], bool]) -> int:
     """One of the candidates that suffices to make `is_guilty` true, given that all of them together do; earlier ones are preferred.
 

@@ -54,21 +54,28 @@ class GradientAudit:
         return hidden, embeddings, random_direction(hidden, self.subject.seed)
 
     def run_pass(self, documents: Sequence[int], number: int) -> None:
-        """Looks at what the hidden states and losses of some documents depend on, and traces what leaked to one of them.
+        """Looks at what the hidden states and losses of some documents depend on.
 
         Of causal documents only the first tokens, up to a random one, are asked: they must not depend on those that follow.
         """
         rng = np.random.default_rng((self.subject.seed, number))
         spans = zip(self.owned.starts, self.owned.lengths, self.owned.causal, strict=True)
         ends = [start + (int(rng.integers(1, n + 1)) if causal else n) for start, n, causal in spans]
-        for look in (self._inputs, self._losses):
-            differences = look(documents, ends, tell_blind=True)
-            for observed, found in differences.found.items():
-                self.report.count(self.mode, GRADIENT, observed, differences.comparisons[observed], found.values())
-                for source in self.report.worth_tracing(self.mode, GRADIENT, observed, found):
-                    place = self.owned.place(source)
-                    victim = place if observed == FUTURE else self._trace(look, documents, ends, observed, source)
-                    self.report.add_leak(Leak(self.mode, GRADIENT, observed, place, victim, found[source]))
+        self._report(self._inputs, documents, ends)
+        self.run_loss_pass(documents)
+
+    def run_loss_pass(self, documents: Sequence[int]) -> None:
+        """Looks at what the losses over some documents depend on."""
+        self._report(self._losses, documents, [])
+
+    def _report(self, look: Callable[..., Differences], documents: Sequence[int], ends: Sequence[int]) -> None:
+        differences = look(documents, ends, tell_blind=True)
+        for observed, found in differences.found.items():
+            self.report.count(self.mode, GRADIENT, observed, differences.comparisons[observed], found.values())
+            for source in self.report.worth_tracing(self.mode, GRADIENT, observed, found):
+                place = self.owned.place(source)
+                victim = place if observed == FUTURE else self._trace(look, documents, ends, observed, source)
+                self.report.add_leak(Leak(self.mode, GRADIENT, observed, place, victim, found[source]))
 
     def _trace(
         self,

@@ -19,25 +19,31 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def own_mode(model: MmctxModel, precision: str, device: torch.device) -> Mode:
-    """The mode that the model is configured for; "auto" becomes the backend that it would take."""
-    config = model.trunk.config
-    request = Request(device, DTYPES[precision], config.head_width, config.window is not None)
-    backend = config.attention if config.attention in BACKENDS else select_backend(config.attention, request).name
-    return Mode(backend, precision, config.checkpoint_activations, every_pair=True)
+    """The mode that the model is configured for; "auto" becomes the backend that it would take, if that is one for all layers."""
+    asked = [(module.backend, request) for module, request in _requests(model, precision, device)]
+    names = {select_backend(name, request).name for name, request in asked}
+    backend = names.pop() if len(names) == 1 else asked[0][0]
+    return Mode(backend, precision, model.trunk.config.checkpoint_activations, every_pair=True)
 
 
 def other_modes(own: Mode, model: MmctxModel, device: torch.device) -> tuple[list[Mode], list[str]]:
     """Every other mode that can run here, and why the backends that cannot do not."""
-    config, modes, notes = model.trunk.config, [], []
+    modes, notes = [], []
     for name, backend in BACKENDS.items():
-        for precision, dtype in DTYPES.items():
-            reason = backend.why_not(Request(device, dtype, config.head_width, config.window is not None))
-            if reason is not None:
-                notes.append(f"{name} {precision}: {reason}")
+        for precision in DTYPES:
+            reasons = [reason for _, r in _requests(model, precision, device) if (reason := backend.why_not(r))]
+            if reasons:
+                notes.append(f"{name} {precision}: {reasons[0]}")
                 continue
             modes += [Mode(name, precision, checkpointing) for checkpointing in (False, True)]
     same = (own.backend, own.precision, own.checkpointing)
     return [mode for mode in modes if (mode.backend, mode.precision, mode.checkpointing) != same], notes
+
+
+def _requests(model: MmctxModel, precision: str, device: torch.device) -> list[tuple[Attention, Request]]:
+    """Each layer's attention, and what it will ask of a backend."""
+    layers = [module for module in model.trunk.modules() if isinstance(module, Attention)]
+    return [(a, Request(device, DTYPES[precision], a.head_dim, a.window is not None)) for a in layers]
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from itertools import permutations
 
 import pytest
 
-from mmctx.audit.family import every_pair, narrow, neighbours
+from mmctx.audit.family import every_pair, narrow, neighbours, stretches
 
 
 @pytest.mark.parametrize("num_units", [1, 2, 3, 4, 7, 20, 21, 70])
@@ -28,6 +28,12 @@ def test_neighbours_are_seen_in_both_directions(num_units: int) -> None:
         for a, b in ((i, i + 1), (i + 1, i)):
             assert any(a in units and b not in units for units in passes)
     assert set().union(*passes) == set(range(num_units))
+
+
+@pytest.mark.parametrize("num_units", [1, 2, 5, 8, 22])
+def test_stretches_are_two_halves(num_units: int) -> None:
+    assert sorted(unit for units in stretches(num_units) for unit in units) == list(range(num_units))
+    assert len(stretches(num_units)) == min(num_units, 2)
 
 
 def test_narrow_finds_a_culprit_and_prefers_earlier_ones() -> None:

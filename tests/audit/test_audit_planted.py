@@ -75,15 +75,15 @@ def test_clean_in_every_mode_that_runs_here(run) -> None:
 
 
 def test_a_leak_over_a_distance_needs_every_pair(run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Documents 0 and 2 are perturbed, or left alone, together when only neighbours are looked at."""
+    """The tokens of documents 0 and 2 are changed, or left alone, together when only neighbours are looked at."""
     model, documents, batch = run
     mode = plant(monkeypatch, planted.two_documents_further)
-    assert audit_batch(model, batch, documents, modes=[mode]).ok
+    assert ("token", "hidden states") not in leaking(audit_batch(model, batch, documents, modes=[mode]))
     report = audit_batch(model, batch, documents, modes=[replace(mode, every_pair=True)])
     assert leaking(report) >= {("token", "hidden states"), ("gradient", "embeddings")}
-    assert {(leak.source.document, leak.victim.document) for leak in report.leaks if leak.source and leak.victim} == {
-        (0, 2)
-    }
+    pairs = {(leak.source.document, leak.victim.document) for leak in report.leaks if leak.source and leak.victim}
+    assert (0, 2) in pairs
+    assert {victim for _, victim in pairs} == {2}
 
 
 ATTENTION_BUGS = {
@@ -149,7 +149,7 @@ OBJECTIVE_BUGS: dict[str, tuple[str, type[nn.Module], set[tuple[str, str]]]] = {
     "similarity of a mix": (
         "similarity",
         planted.LossOverNeighbour,
-        {("token", "shared loss"), ("gradient", "hidden states of a loss")},
+        {("frame", "shared loss"), ("gradient", "hidden states of a loss")},
     ),
     "ids shifted over the border": ("captioning", planted.ShiftsOverBorder, {("token", "loss")}),
     "labels shifted twice more": ("captioning", planted.ShiftsLabelsAgain, {("label", "loss")}),
