@@ -19,6 +19,8 @@ from mmctx.pack import Document, pack_documents
 from mmctx.train.build import build_model
 from mmctx.train.checkpoint import load_model, resolve_checkpoint
 from mmctx.train.config import RunConfig
+from mmctx.train.course import plan_at
+from mmctx.train.stages import stage_of
 
 TOKENS = {"cpu": 1536}
 """Tokens that are audited of a bin by default, by kind of device: on a CPU bf16 is slow. Elsewhere the whole bin."""
@@ -40,7 +42,8 @@ def audit(
     Args:
         where: the run's YAML file (fresh weights), or a run or checkpoint folder (its weights).
         overrides: changes of the configuration, such as `model.transformer.window=64`.
-        step: whose batch to take, counted from 1; by default the fullest of the first steps that reads every source.
+        step: whose batch to take, counted from 1, and whose stage, if the run has a schedule; by default the fullest of the first steps
+            that reads every source. Of a checkpoint, a step of its last stage, counted as if the run were that stage alone.
         tokens: of the batch, at least two samples; 0 for all of it; by default 1,536 on a CPU and all of it elsewhere.
         progress: called with (mode, passes done, passes in all).
 
@@ -48,11 +51,13 @@ def audit(
         ConfigError: `step` is less than 1.
         DataError: the batch has fewer than two documents.
     """
+    if step is not None and step < 1:
+        raise ConfigError(f"--step counts from 1, as in metrics.jsonl, found {step}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, config, data = _open(Path(where), overrides)
+    model, config, data, plan = open_run(Path(where), overrides, step or 1)
     if config.train.num_threads:
         torch.set_num_threads(config.train.num_threads)
-    documents = choose_documents(data, Plan(config.data, data.tables, config.train.seed), step, tokens, device)
+    documents = choose_documents(data, plan, step, tokens, device)
     batch = pack_documents(documents, data.tokenizer.placeholder_ids)
     model = model.to(device)
     own = own_mode(model, config.train.precision, device)
@@ -85,12 +90,15 @@ def audit_before_training(
     return report
 
 
-def _open(where: Path, overrides: Sequence[str]) -> tuple[MmctxModel, RunConfig, RunData]:
-    """Model, configuration and training data of a YAML file, a run or a checkpoint."""
+def open_run(where: Path, overrides: Sequence[str], step: int) -> tuple[MmctxModel, RunConfig, RunData, Plan]:
+    """Model, configuration, data and plan of a checkpoint, or of a run that is to be, in the stage that `step` (from 1) belongs to."""
     if not where.is_dir():
         config = load_config(RunConfig, where, overrides)
-        data = _data(config)
-        return build_model(config, len(data.tokenizer)), config, data
+        data, plan = plan_at(config, step - 1, str(where))
+        stage = stage_of(config.stages, step - 1).config
+        model = build_model(config, len(data.tokenizer))
+        model.trunk.set_context(stage.model.transformer)
+        return model, stage, data, plan
     if planned := [override for override in overrides if override.startswith(("model.", "objectives."))]:
         raise ConfigError(
             f"{where} holds the weights of one model: {planned[0]!r} would be another; give the YAML file"
@@ -101,11 +109,8 @@ def _open(where: Path, overrides: Sequence[str]) -> tuple[MmctxModel, RunConfig,
     for override in [*overrides, f"data.tokenizer={json.dumps(str(folder))}"]:
         apply_override(tree, override)
     config = build_config(RunConfig, tree, where=str(where))
-    return model, config, _data(config)
-
-
-def _data(config: RunConfig) -> RunData:
-    return build_data(config.data, config.data.sources, config.model, config.objectives, config.train.seed)
+    data = build_data(config.data, config.data.sources, config.model, config.objectives, config.train.seed)
+    return model, config, data, Plan(config.data, data.tables, config.train.seed)
 
 
 def choose_documents(
@@ -124,8 +129,6 @@ def choose_documents(
 
 def _bins(plan: Plan, step: int | None) -> list[Bin]:
     """The bins of one step, or of the first ones; those that read most sources and samples first."""
-    if step is not None and step < 1:
-        raise ConfigError(f"--step counts from 1, as in metrics.jsonl, found {step}")
     steps = [step - 1] if step is not None else [plan.start.step + n for n in range(_TRIAL_STEPS)]
     bins = [bin for number in steps for bin in plan.step(number)]
     return sorted(bins, key=lambda bin: (-len({sample[0] for sample in bin.samples}), -len(bin.samples)))

@@ -71,7 +71,8 @@ class TrainConfig(StrictModel):
     keep_checkpoints: int = Field(default=2, ge=1)
     """Older ones are deleted."""
     audit: bool = False
-    """Audit the model for leaks on the first step's data before training, and stop if there is one; see `mmctx audit`."""
+    """Audit the model for leaks on the data of the next step, before training and before each stage, and stop if there is one; see
+    `mmctx audit`."""
     tensorboard: bool = False
     """Write TensorBoard events beside metrics.jsonl."""
     num_threads: int | None = None

@@ -172,6 +172,7 @@ class Sitting:
                 if state.step == self.stage.stop:
                     del batches  # with its workers
                     self._enter(stage_of(self.stages, state.step))
+                    self._audit()
                     batches = self._batches()
                 self._step(batches, interval)
                 state.step += 1
@@ -189,10 +190,10 @@ class Sitting:
         return TrainResult(self.run_dir, state.step, interrupted, state.train_seconds, main)
 
     def _audit(self) -> None:
-        """Holds documents apart before the first step, if that is wished; leaves no trace in the run."""
-        if self.config.train.audit and self.state.step < self.config.train.steps:
-            device = self.accelerator.device
-            report = audit_before_training(self.config, self.raw_model, self.data, self.plan, self.state.step, device)
+        """Looks for leaks before the first step of this sitting and of each stage, if that is wished; leaves no trace in the run."""
+        if self.config.train.audit and self.state.step < self.steps:
+            device, config = self.accelerator.device, self.stage.config
+            report = audit_before_training(config, self.raw_model, self.data, self.plan, self.state.step, device)
             self.bar.say(f"audit: {report.num_checks:,} checks on {report.documents} documents, no leaks")
 
     def _is_due(self, step: int) -> bool:

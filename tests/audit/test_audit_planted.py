@@ -32,7 +32,7 @@ PLAIN = Mode("sdpa", "fp32", False)
 def made(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[MmctxModel, list[Document], PackedBatch]:
     """A model with every modality and objective, windows and dropout, and a few documents of each kind."""
     tree = tiny_tree(corpus, tmp_path_factory.mktemp("runs"))
-    tree["model"]["transformer"] |= {"pattern": ["global", "local"], "window": 6}
+    tree["model"]["transformer"] |= {"windows": [None, 6]}
     config = build_config(RunConfig, tree, "tree")
     data = build_data(config.data, config.data.sources, config.model, config.objectives, seed=0)
     chosen = [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1)]  # books, then triples

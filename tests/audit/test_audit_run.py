@@ -20,7 +20,7 @@ from mmctx.attention import BACKENDS
 from mmctx.config import build_config
 from mmctx.errors import ConfigError, LeakError
 from mmctx.jsonl import read_lines
-from mmctx.train.audit import cut
+from mmctx.train.audit import cut, open_run
 from mmctx.train.config import RunConfig
 from mmctx.train.loop import train
 
@@ -57,7 +57,7 @@ def test_a_run_and_its_checkpoint_are_audited(tree: dict[str, Any], tmp_path: Pa
     after = load_file(run_dir / "latest" / "model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
     with pytest.raises(ConfigError, match="give the YAML file"):
-        api.audit(run_dir, ["model.transformer.window=4"])
+        api.audit(run_dir, ["model.transformer.windows=[4]"])
     with pytest.raises(ConfigError, match="counts from 1"):
         api.audit(path, step=0)
 
@@ -72,8 +72,7 @@ def test_command_line(tree: dict[str, Any], tmp_path: Path) -> None:
     assert answer["checks"] > 100
     assert answer["leaks"] == answer["blind"] == []
     # within a window of one token, no token sees another: nothing could be found
-    blind = [*command, "model.transformer.pattern=[local]", "model.transformer.window=1"]
-    done = subprocess.run(blind, capture_output=True, text=True)
+    done = subprocess.run([*command, "model.transformer.windows=[1]"], capture_output=True, text=True)
     assert done.returncode == 1, done.stderr[-2000:]
     assert "blind" in done.stdout
 
@@ -83,7 +82,8 @@ def test_table_names_both_documents_of_a_leak(tree: dict[str, Any], tmp_path: Pa
     from mmctx.cli.audit import audit_table
 
     leak_in_attention(monkeypatch, tree)
-    report = api.audit(write(tree, tmp_path / "leaky.yaml"), tokens=150)
+    monkeypatch.delitem(BACKENDS, "sdpa")  # clean, and tested above
+    report = api.audit(write(tree, tmp_path / "leaky.yaml"), tokens=80)
     assert not report.ok
     leak = report.leaks[0]
     text = audit_table(report)
@@ -106,6 +106,25 @@ def test_training_goes_on_as_if_it_had_not_been_audited(tree: dict[str, Any]) ->
     assert [[line[key] for key in keys] for line in lines[0]] == [[line[key] for key in keys] for line in lines[1]]
     weights = [load_file(run / "latest" / "model.safetensors") for run in runs]
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+@pytest.mark.slow
+def test_each_stage_is_audited_as_it_is(tree: dict[str, Any], tmp_path: Path, monkeypatch) -> None:
+    """Its windows too: what leaks over a border within a window shows in the stage that has one."""
+    monkeypatch.setitem(BACKENDS, "window_over_border", planted.backend(planted.window_over_border))
+    tree["model"]["transformer"]["attention"] = "window_over_border"
+    tree["schedule"] = [{"steps": 2}, {"steps": 2, "windows": [5]}]
+    tree["train"].pop("steps")
+    with pytest.raises(LeakError, match="window_over_border"):
+        train(build(tree, "staged", audit=True))
+    written = read_lines(Path(tree["run"]["dir"]) / "staged" / "metrics.jsonl")
+    assert max(line["step"] for line in written if "loss" in line) == 2
+    path = write(tree, tmp_path / "staged.yaml")
+    for step, window in ((2, None), (3, 5)):
+        model, config, _, plan = open_run(path, [], step)
+        assert [block.attention.window for block in model.trunk.blocks] == [window] * 2
+        assert config.model.transformer.windows == (window,)
+        assert plan.step(step - 1)
 
 
 @pytest.mark.slow
