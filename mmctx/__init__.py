@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mmctx.api import build_dataset, build_model, evaluate, load_config, load_model, train
 
 __version__ = "0.1.0"
-__all__ = ["build_dataset", "build_model", "evaluate", "load_config", "load_model", "train"]
+__all__ = ["build_dataset", "build_model", "evaluate", "load_config", "load_model", "recall_curve", "train"]
 
 
 def __getattr__(name: str) -> Any:
