@@ -37,9 +37,9 @@ FREE_TO_CHANGE = (
     "train.keep_checkpoints",
     "train.tensorboard",
     "train.num_threads",
+    "train.activations",
     "data",
     "model.transformer.attention",
-    "model.transformer.checkpoint_activations",
 )
 """Keys that a resumed run may set otherwise without becoming another run. What a change of `data` means, `train.segments` knows."""
 
