@@ -40,8 +40,8 @@ class ActivationsConfig(StrictModel):
     """Memory against time in the backward pass; losses and gradients stay the same."""
 
     checkpoint: Literal["none", "full", "selective"] = "none"
-    """none: keep all. full: keep the input of each block, compute the block again (Chen et al. 2016). selective: keep what attention gave as
-    well, so that its work, which grows with the square of the length, is not done again (Korthikanti et al. 2022)."""
+    """none: keep all. full: keep the input of each block, compute the block again (Chen et al. 2016). selective: keep what attention gave
+    as well, so that its work, which grows with the square of the length, is not done again (Korthikanti et al. 2022)."""
     every: int = Field(default=1, ge=1)
     """`checkpoint` holds for every n-th block of the trunk: 2 keeps everything of every other block."""
     offload: bool = False

@@ -69,6 +69,10 @@ class MmctxModel(nn.Module):
         for encoder in self.encoders.values():
             encoder.chunk = config.media_chunk  # type: ignore[assignment]
 
+    def set_compiler(self, backend: str | None) -> None:
+        """Compiles the trunk's blocks from now on, by a backend of `torch.compile` such as `inductor`; None does not."""
+        self.trunk.set_compiler(backend)
+
     @property
     def head_weight(self) -> Tensor:
         """(V, D) output head."""

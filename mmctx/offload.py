@@ -1,8 +1,9 @@
 """Activations that wait in host memory for their backward pass, copied beside the computation.
 
-Each layer's copies run on a stream of their own. Going out, a layer's tensors are released when the next layer begins, which waits for their
-copy. Coming back, the copy of a layer starts when the backward pass of the layer above it starts, so at most two layers are on the device.
-Order between the streams alone keeps memory safe: `record_stream` would not free it before the host, which runs far ahead, has asked for more.
+Each layer's copies run on a stream of their own. Going out, a layer's tensors are released when the next layer begins, which waits for
+their copy. Coming back, the copy of a layer starts when the backward pass of the layer above it starts, so at most two layers are on the
+device. Order between the streams alone keeps memory safe: `record_stream` would not free it before the host, which runs far ahead, has
+asked for more.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ class HostOffload:
             for parked in missing:
                 device = "cpu" if self.side is None else self.side.device
                 parked.here = parked.host.to(device, non_blocking=True, copy=True)
-                parked.back = None if self.side is None else self.side.record_event()
+                parked.back = None if self.side is None else self.side.record_event()  # type: ignore[assignment]
 
     def _release(self, layer: list[_Parked]) -> None:
         """Lets go of the device's copies; what is computed from now on waits until they have left."""

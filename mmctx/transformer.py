@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mmctx.activations import KEEP_ALL, ActivationsConfig, in_tiles, recompute
 from mmctx.attention import attention
+from mmctx.compiling import run
 from mmctx.config import StrictModel
 from mmctx.kv_cache import KVCache
 from mmctx.layout import DocumentLayout
@@ -95,7 +96,7 @@ class TransformerConfig(StrictModel):
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention within documents: (T, D) -> (T, D)."""
+    """Grouped-query self-attention within documents: (T, D) -> (T, D), in the steps that `Block` takes."""
 
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
@@ -119,10 +120,6 @@ class Attention(nn.Module):
             return attention(q, k, v, layout, window=self.window, backend=self.backend)
         return cache.attend(self.layer, q, k, v, layout, window=self.window, backend=self.backend)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], layout: DocumentLayout, cache: KVCache | None) -> Tensor:
-        """See the class."""
-        return self.out(self.attend(*self.project(x, rope), layout, cache).flatten(1))
-
 
 class SwiGLU(nn.Module):
     """Gated feed-forward (Shazeer 2020): (T, D) -> (T, D)."""
@@ -141,7 +138,9 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each behind a norm and added to the stream: (T, D) -> (T, D).
 
-    What it keeps for the backward pass is up to `activations`.
+    Attributes:
+        activations: what is kept for the backward pass.
+        compiler: backend of `torch.compile` for all but attention, which stays outside: it knows document lengths as host integers.
     """
 
     def __init__(self, config: TransformerConfig, layer: int) -> None:
@@ -152,6 +151,7 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config)
         self.dropout = nn.Dropout(config.dropout)
         self.layer, self.activations = layer, KEEP_ALL
+        self.compiler: str | None = None
 
     @property
     def recomputes(self) -> bool:
@@ -162,22 +162,38 @@ class Block(nn.Module):
         self, x: Tensor, rope: tuple[Tensor, Tensor], layout: DocumentLayout, cache: KVCache | None = None
     ) -> Tensor:
         """See the class."""
+        compiler = self.compiler if cache is None else None  # generation calls with sizes of its own
 
         def attend(x: Tensor) -> Tensor:
-            return x + self.dropout(self.attention(self.attention_norm(x), rope, layout, cache))
+            q, k, v = run(compiler, _project, self, x, *rope)
+            return run(compiler, _merge, self, x, self.attention.attend(q, k, v, layout, cache))
+
+        def feed_forward(x: Tensor) -> Tensor:
+            return run(compiler, _feed_forward, self, x)
 
         random = self.dropout.p > 0
         tile = self.activations.mlp_tile if self.training else None
-        keep = {"keep_attention": self.activations.checkpoint == "selective", "random": random}
-        if tile is None:
-            whole = lambda x: self.feed_forward(attend(x))  # noqa: E731
-            return recompute(whole, x, **keep) if self.recomputes else whole(x)
-        x = recompute(attend, x, **keep) if self.recomputes else attend(x)
-        return in_tiles(self.feed_forward, x, tile, random=random)
+        first = attend if tile is not None else lambda x: feed_forward(attend(x))
+        if self.recomputes:
+            x = recompute(first, x, keep_attention=self.activations.checkpoint == "selective", random=random)
+        else:
+            x = first(x)
+        return x if tile is None else in_tiles(feed_forward, x, tile, random=random)
 
-    def feed_forward(self, x: Tensor) -> Tensor:
-        """The second half, which treats every token by itself: (T, D) -> (T, D)."""
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+def _project(block: Block, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The stream (T, D) -> queries (T, H, d), keys and values (T, K, d)."""
+    return block.attention.project(block.attention_norm(x), (cos, sin))
+
+
+def _merge(block: Block, x: Tensor, mixed: Tensor) -> Tensor:
+    """The stream (T, D) and what attention gave (T, H, d) -> (T, D)."""
+    return x + block.dropout(block.attention.out(mixed.flatten(1)))
+
+
+def _feed_forward(block: Block, x: Tensor) -> Tensor:
+    """The second half of a block, which treats every token by itself: (T, D) -> (T, D)."""
+    return x + block.dropout(block.mlp(block.mlp_norm(x)))
 
 
 class Transformer(nn.Module):
@@ -227,3 +243,8 @@ class Transformer(nn.Module):
         self.activations = config
         for block in self.blocks:
             block.activations = config  # type: ignore[assignment]
+
+    def set_compiler(self, backend: str | None) -> None:
+        """Compiles the blocks by this backend of `torch.compile` when they run next; None runs them as they are."""
+        for block in self.blocks:
+            block.compiler = backend  # type: ignore[assignment]

@@ -14,4 +14,5 @@ def build_model(config: RunConfig, vocab_size: int) -> MmctxModel:
         torch.manual_seed(config.train.seed)
         model = MmctxModel(config.model, config.objectives, vocab_size)
     model.set_activations(config.train.activations)
+    model.set_compiler("inductor" if config.train.compile else None)
     return model

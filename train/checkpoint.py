@@ -38,6 +38,7 @@ FREE_TO_CHANGE = (
     "train.tensorboard",
     "train.num_threads",
     "train.activations",
+    "train.compile",
     "data",
     "model.transformer.attention",
 )

@@ -1,4 +1,4 @@
-"""How much memory a training step will take, by running it on the meta device: the model, its activation settings, the largest planned bin."""
+"""How much memory a training step will take, by running it on the meta device: model, activation settings, the largest planned bin."""
 
 from __future__ import annotations
 

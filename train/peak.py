@@ -20,6 +20,6 @@ def measure_peak(function: Callable[[], Any]) -> int:
     events = recorded.profiler.kineto_results.events()  # type: ignore[union-attr]
     held = peak = 0
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        held += event.nbytes()
+        held += event.nbytes()  # type: ignore[attr-defined]
         peak = max(peak, held)
     return peak

@@ -1,13 +1,15 @@
 """Which storages are alive while a program runs on the meta device: exact lifetimes without the memory.
 
 PyTorch keeps and frees meta tensors as it does real ones, in the forward pass and in the backward. So a training step that runs there, in
-seconds and on any machine, says when memory peaks, how high, and what for. What kernels allocate inside and free again is not seen.
+seconds and on any machine, says when memory peaks, how high, and what for. What kernels allocate inside and free again is seen only for
+those in `SCRATCH`.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +18,16 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+SCRATCH: dict[Any, Callable[..., int]] = {
+    # exponentials of all logits
+    torch.ops.aten.logsumexp.default: lambda logits, *_: logits.nbytes,
+    # one contiguous gradient, and for each thread two blocks of 256 queries x 512 keys in float32
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: lambda gradient, *_: (
+        gradient.nbytes + (torch.get_num_threads() << 20)
+    ),
+}
+"""Bytes that kernels on CPU take while they run, as functions of their arguments: where they matter, as measured."""
 
 
 class StorageTrace(TorchDispatchMode):
@@ -40,6 +52,8 @@ class StorageTrace(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """The operation as it is; storages of its results are noted."""
         out = func(*args, **(kwargs or {}))
+        if func in SCRATCH and args[0].is_meta:
+            self._look(SCRATCH[func](*args))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and leaf.is_meta:
                 self.count(leaf)
@@ -58,8 +72,14 @@ class StorageTrace(TorchDispatchMode):
         size, part = storage.nbytes(), self.part if part is None else part
         self._known[storage._cdata] = (size, part)
         self.live[part] += size
-        if (now := self.live.total()) > self.peak:
-            self.peak, self.at_peak, self.peak_at = now, dict(self.live), self.place
+        self._look()
+
+    def _look(self, scratch: int = 0) -> None:
+        """Whether this moment is the worst so far."""
+        if (now := self.live.total() + scratch) > self.peak:
+            self.at_peak = dict(self.live)
+            self.at_peak[self.part] = self.at_peak.get(self.part, 0) + scratch
+            self.peak, self.peak_at = now, self.place
 
     def _forget(self, address: int) -> None:
         size, part = self._known.pop(address)
