@@ -2,12 +2,12 @@
 
     python benchmarks/long_document.py [--json] [--quick] [--lengths 8192,16384,32768,65536]
 
-For every length a tar shard is written that holds one interleaved document of exactly so many tokens: of each 8,192 there are 32 pictures
-of 128 x 128 (64 tokens each) and 8 clips of 4 seconds (50 tokens each), the rest is text. `mmctx.train` trains a model of 20 M parameters on
-it for three steps in a process of its own: six blocks of 256 channels and two heads, of which one attends to the whole document and five to
-512 tokens, a ViT of 11 M parameters, everything in float32 with AdamW. Few heads, because the one global block is most of the work: 65,536
-tokens are two thousand million pairs. Activations: selective checkpointing, MLP tiles of 1,024 tokens, four pictures or chunks of sound at a
-time.
+For every length a tar shard is written that holds one interleaved document of exactly so many tokens: of each 8,192 there are 32
+pictures of 128 x 128 (64 tokens each) and 8 clips of 4 seconds (50 tokens each), the rest is text. `mmctx.train` trains a model of 20 M
+parameters on it for three steps in a process of its own: six blocks of 256 channels and two heads, of which one attends to the whole
+document and five to 512 tokens, a ViT of 11 M parameters, everything in float32 with AdamW. Few heads, because the one global block is
+most of the work: 65,536 tokens are two thousand million pairs. Activations: selective checkpointing, MLP tiles of 1,024 tokens, four
+pictures or chunks of sound at a time.
 
 Memory is the largest resident size of the process (`ru_maxrss`), Python and libraries included. "Per token" leaves out what it held before
 the run began and what does not grow with the document (weights, gradients, moments: 16 bytes a parameter). The estimate is what

@@ -2,8 +2,8 @@
 
     python benchmarks/memory.py [--json] [--quick] [--repeats 1]
 
-One document, float32, L6 d256 h4 ff768 V32768 with tied embeddings. Both sides have the same weights and ids, and it is asserted that losses
-and norms of gradients are equal. Every point is a fresh process: forward and backward pass, with gradients allocated before, so that only
+One document, float32, L6 d256 h4 ff768 V32768 with tied embeddings. Both sides have the same weights and ids, and it is asserted that
+losses and norms of gradients are equal. Every point is a fresh process: forward and backward pass, with gradients allocated before, so that only
 activations and passing buffers count. Memory is what PyTorch's allocator held at the worst moment, from the profiler's record of every
 allocation, those inside of kernels included: it is exact and does not scatter. Beside it stands how much the largest resident size of the
 process grew (`ru_maxrss`), as a check from outside.
