@@ -3,10 +3,10 @@
     python benchmarks/memory.py [--json] [--quick] [--repeats 1]
 
 One document, float32, L6 d256 h4 ff768 V32768 with tied embeddings. Both sides have the same weights and ids, and it is asserted that
-losses and norms of gradients are equal. Every point is a fresh process: forward and backward pass, with gradients allocated before, so that only
-activations and passing buffers count. Memory is what PyTorch's allocator held at the worst moment, from the profiler's record of every
-allocation, those inside of kernels included: it is exact and does not scatter. Beside it stands how much the largest resident size of the
-process grew (`ru_maxrss`), as a check from outside.
+losses and norms of gradients are equal. Every point is a fresh process: forward and backward pass, with gradients allocated before, so that
+only activations and passing buffers count. Memory is what PyTorch's allocator held at the worst moment, from the profiler's record of
+every allocation, those inside of kernels included: it is exact and does not scatter. Beside it stands how much the largest resident size
+of the process grew (`ru_maxrss`), as a check from outside.
 
 How memory grows is measured with windows of 512 in five of the six layers, as 65,536 tokens in all of them would take most of an hour. Few
 of the bytes are attention's: at 8,192 tokens the numbers with and without windows can be compared.
@@ -38,7 +38,7 @@ OURS: dict[str, dict[str, Any]] = {
     "ours, full and tiles": {"checkpoint": "full", "mlp_tile": 1024},
 }
 BEST = "ours, full and tiles"
-WINDOWED = ["local", "local", "local", "local", "local", "global"]
+WINDOWED = [512, 512, 512, 512, 512, None]
 
 
 def measure(tokens: int, quick: bool, **settings: Any) -> dict[str, float]:
@@ -63,14 +63,14 @@ def main() -> None:
     sides: dict[str, dict[str, Any]] = {
         "Transformers": {"side": "transformers", "checkpoint": False},
         "Transformers, checkpointed": {"side": "transformers", "checkpoint": True},
-        **{name: {"side": "ours", "activations": kept, "pattern": ["global"]} for name, kept in OURS.items()},
+        **{name: {"side": "ours", "activations": kept, "windows": [None]} for name, kept in OURS.items()},
     }
     found = {name: measure(tokens, arguments.quick, **settings) for name, settings in sides.items()}
     for name, point in found.items():
         for what in ("loss", "gradient"):
             theirs = found["Transformers"][what]
             assert math.isclose(point[what], theirs, rel_tol=1e-5), f"{name}: {what} {point[what]} against {theirs}"
-    best = {"side": "ours", "activations": OURS[BEST], "pattern": WINDOWED}
+    best = {"side": "ours", "activations": OURS[BEST], "windows": WINDOWED}
     growth = {length: measure(length, arguments.quick, **best) for length in lengths}
     per_token = [point["kib_per_token"] for point in growth.values()]
     theirs = found["Transformers, checkpointed"]["peak"]

@@ -29,6 +29,9 @@ class SourceConfig(StrictModel):
     sample comes once an epoch."""
     long_documents: LongDocuments = "drop"
     """What becomes of documents longer than the context: `drop` (listed in `skips.jsonl`), `truncate` or `split`. Media are never cut."""
+    lengths: tuple[int, int | None] = (1, None)
+    """Shortest and longest sample that is read, by the tokens of its longest document before any cutting. Sources of the same shards with
+    other `lengths` are buckets: each has its own weight, in each stage of a schedule. Samples outside are counted, not listed."""
     spec_augment: SpecAugmentConfig | None = None
     """Mask bands and stretches of its clips, other ones in each epoch; null (as for held-out sources) leaves clips as they are."""
 
@@ -36,6 +39,11 @@ class SourceConfig(StrictModel):
     def _check(self) -> SourceConfig:
         if not self.texts:
             raise ValueError("texts must name at least one member, for example [txt]")
+        shortest, longest = self.lengths
+        if shortest < 1 or (longest is not None and longest < shortest):
+            raise ValueError(
+                f"lengths {list(self.lengths)} must be [shortest, longest] tokens with 1 <= shortest <= longest"
+            )
         if not self.objectives:
             raise ValueError("objectives must name at least one objective")
         return self

@@ -109,7 +109,10 @@ def _explain(cls: type[StrictModel], tree: Mapping[str, Any], where: str, item: 
     if item["type"] == "missing":
         return f"{where}: key {key!r} is required and has no default"
     message = item["msg"].removeprefix("Value error, ")
-    return f"{where}: key {key!r}: {message} (got {item.get('input')!r})"
+    found = item.get("input")  # a whole branch of the tree would bury the message
+    return f"{where}: key {key!r}: {message}" + (
+        "" if isinstance(found, Mapping | StrictModel) else f" (got {found!r})"
+    )
 
 
 def _written_keys(tree: Mapping[str, Any], item: Mapping[str, Any]) -> tuple[list[Any], Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch.nn.functional as F
 from pydantic import Field, model_validator
@@ -55,10 +55,9 @@ class TransformerConfig(StrictModel):
     """Dropout on what each attention and MLP adds to the residual stream."""
     tie_embeddings: bool = True
     """The output head is the input embedding."""
-    pattern: tuple[Literal["global", "local"], ...] = ("global",)
-    """Kinds of layers, repeated over the depth; local layers see `window` tokens."""
-    window: int | None = None
-    """Tokens that a local layer sees, itself included."""
+    windows: tuple[Annotated[int, Field(ge=1)] | None, ...] = Field(default=(None,), min_length=1)
+    """Tokens that each layer sees, itself included, null for all; repeated over the depth: `[512, 512, 512, null]` makes every fourth
+    layer global."""
     attention: str = "auto"
     """Attention backend, one of those that `mmctx doctor` lists."""
 
@@ -72,8 +71,6 @@ class TransformerConfig(StrictModel):
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}")
         if self.head_width % 2:
             raise ValueError(f"the head width {self.head_width} must be even for rotary positions")
-        if "local" in self.pattern and self.window is None:
-            raise ValueError("pattern has local layers, so window must say how many tokens they see")
         return self
 
     @property
@@ -92,7 +89,7 @@ class TransformerConfig(StrictModel):
 
     def layer_window(self, layer: int) -> int | None:
         """Window of one layer, None for a global one."""
-        return self.window if self.pattern[layer % len(self.pattern)] == "local" else None
+        return self.windows[layer % len(self.windows)]
 
 
 class Attention(nn.Module):
@@ -207,6 +204,13 @@ class Transformer(nn.Module):
         self.rope = Rotary(config.rope, config.head_width)
         self.activations = KEEP_ALL
         self.apply(self._initialise)
+
+    def set_context(self, config: TransformerConfig) -> None:
+        """Takes over positions (`rope`) and `windows` of a config that is equal otherwise: the weights stay."""
+        self.config = config
+        self.rope = Rotary(config.rope, config.head_width)
+        for layer, block in enumerate(self.blocks):
+            block.attention.window = config.layer_window(layer)  # type: ignore[union-attr]
 
     def _initialise(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):

@@ -71,3 +71,10 @@ def test_resume():
     assert {f"ours {k}" for k in (0, 2, 5, 1000)} <= set(result["seconds"])
     assert {f"accelerate {k}" for k in (0, 2, 5)} <= set(result["seconds"])
     assert set(result["ours_over_cold"]["clock"]["seek"]) == {"2", "5", "1000"}
+
+
+def test_extend_context():
+    result = run("extend_context.py")
+    assert result["positions"] == ["0..31", "32..63", "64..127", "128..255"]
+    assert all(7 < loss < 8.5 for losses in result["loss"].values() for loss in losses)  # of 2,368 rows, barely trained
+    assert all(0.5 < ratio < 1 for ratio in result["after_over_before"])

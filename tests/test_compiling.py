@@ -21,7 +21,7 @@ PACKS = [([40, 24], 1), ([7, 50, 3], 2), ([96], 1), ([33, 32], 0), ([11] * 9, 9)
 def make_trunk(**changes: Any) -> Transformer:
     torch.manual_seed(0)
     shape = {"width": 32, "depth": 3, "num_heads": 4, "num_kv_heads": 2, "mlp_width": 48, "dropout": 0.0}
-    config = TransformerConfig.model_validate(shape | {"pattern": ["local", "global"], "window": 8} | changes)
+    config = TransformerConfig.model_validate(shape | {"windows": [8, None]} | changes)
     return Transformer(config).train()
 
 

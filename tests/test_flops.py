@@ -84,7 +84,7 @@ def test_causal_attention_counts_half_of_the_pairs_and_the_diagonal() -> None:
 
 
 def test_attention_sums_over_layers_and_their_windows() -> None:
-    trunk = TransformerConfig.model_validate(GROUPED | {"depth": 3, "pattern": ("local", "global"), "window": 4})
+    trunk = TransformerConfig.model_validate(GROUPED | {"depth": 3, "windows": (4, None)})
     work = estimate_work(ModelConfig(transformer=trunk), VOCAB)
     assert work.windows == (4, None, 4)
     lengths = np.array([[3, 0], [10, 7]])

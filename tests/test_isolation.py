@@ -17,7 +17,7 @@ from mmctx.train.config import RunConfig
 
 @pytest.fixture
 def run(tree: dict[str, Any]) -> tuple[MmctxModel, RunData, list[Document]]:
-    tree["model"]["transformer"] |= {"dropout": 0.0, "pattern": ["global", "local"], "window": 6}
+    tree["model"]["transformer"] |= {"dropout": 0.0, "windows": [None, 6]}
     config = build_config(RunConfig, tree, "tree")
     data = build_data(config.data, config.data.sources, config.model, config.objectives, seed=0)
     model = build_model(config, len(data.tokenizer)).double()

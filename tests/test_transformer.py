@@ -105,8 +105,7 @@ def test_rotary_frequencies_equal_transformers(ours: dict, theirs: dict) -> None
 @pytest.mark.parametrize("window", [None, 4])
 def test_decoding_with_cache_equals_decoding_without(window: int | None) -> None:
     torch.manual_seed(0)
-    pattern = ("global", "local") if window else ("global",)
-    model = Transformer(TransformerConfig(**SHAPE, pattern=pattern, window=window)).double().eval()
+    model = Transformer(TransformerConfig(**SHAPE, windows=(None, window))).double().eval()
     prompts = [torch.randn(n, 48, dtype=torch.float64) for n in (3, 9, 1)]
     new = torch.randn(5, 3, 48, dtype=torch.float64)  # five steps of one token for each prompt
     cache = KVCache(max_new_tokens=5)

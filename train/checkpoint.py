@@ -27,6 +27,7 @@ from mmctx.errors import CheckpointError
 from mmctx.model import MmctxModel, ModelConfig
 from mmctx.tokenizer import TextTokenizer
 from mmctx.train.config import RunConfig
+from mmctx.train.stages import find_changed_past, trained_stage
 
 FREE_TO_CHANGE = (
     "run",
@@ -40,9 +41,11 @@ FREE_TO_CHANGE = (
     "train.activations",
     "train.compile",
     "data",
+    "schedule",
     "model.transformer.attention",
 )
-"""Keys that a resumed run may set otherwise without becoming another run. What a change of `data` means, `train.segments` knows."""
+"""Keys that a resumed run may set otherwise without becoming another run. `train.segments` knows what a change of `data` means; of
+`schedule`, what has been trained may not change."""
 
 
 @dataclass
@@ -99,7 +102,9 @@ def save_checkpoint(
     os.rename(partial, final)
     _point_latest(run_dir, final)
     _flush(run_dir)
-    for old in list_checkpoints(run_dir)[: -config.train.keep_checkpoints]:
+    ends = {f"checkpoint-{stage.stop}" for stage in config.stages} if config.schedule else set()
+    passing = [path for path in list_checkpoints(run_dir) if path.name not in ends]
+    for old in passing[: -config.train.keep_checkpoints]:
         _delete(old)
     return final
 
@@ -135,9 +140,9 @@ def load_run_config(checkpoint: Path) -> RunConfig:
 
 
 def load_model(checkpoint: Path) -> tuple[MmctxModel, TextTokenizer, RunConfig]:
-    """Model (in evaluation mode), tokenizer and configuration of a checkpoint or run folder."""
+    """Model (in evaluation mode), tokenizer and configuration of a checkpoint or run folder, as in the stage that it was trained in."""
     checkpoint = resolve_checkpoint(checkpoint)
-    config = load_run_config(checkpoint)
+    config = trained_stage(load_run_config(checkpoint), read_state(checkpoint).step).config
     shape = without_pretrained(config.model)
     model = MmctxModel(shape, config.objectives, _read_json(checkpoint / "config.json")["vocab_size"])
     load_weights(model, checkpoint)
@@ -178,8 +183,8 @@ def resume(
     if not checkpoints:
         return None
     checkpoint = checkpoints[-1]
-    check_same_run(load_run_config(checkpoint), config, checkpoint)
     state = read_state(checkpoint)
+    check_same_run(load_run_config(checkpoint), config, checkpoint, state.step)
     load_weights(model, checkpoint)
     path = checkpoint / "trainer" / "optimizer.pt"
     try:
@@ -206,8 +211,8 @@ def read_state(checkpoint: Path) -> TrainerState:
         ) from None
 
 
-def check_same_run(saved: RunConfig, asked: RunConfig, where: Path) -> None:
-    """Refuses to go on with a run under a configuration that would make it another run."""
+def check_same_run(saved: RunConfig, asked: RunConfig, where: Path, step: int) -> None:
+    """Refuses to go on, after `step` steps, with a run under a configuration that would make it another run."""
     before, now = _flatten(saved.model_dump(mode="json")), _flatten(asked.model_dump(mode="json"))
     changed = [
         key
@@ -215,12 +220,13 @@ def check_same_run(saved: RunConfig, asked: RunConfig, where: Path) -> None:
         if before.get(key) != now.get(key)
         and not any(fnmatch(key, free) or fnmatch(key, f"{free}.*") for free in FREE_TO_CHANGE)
     ]
-    if changed:
-        lines = "\n".join(
-            f"  {key}: {before.get(key)!r} in the checkpoint, {now.get(key)!r} asked for" for key in changed[:8]
-        )
+    lines = [f"  {key}: {before.get(key)!r} in the checkpoint, {now.get(key)!r} asked for" for key in changed]
+    lines += find_changed_past(saved, asked, step)
+    if lines:
+        listed = "\n".join(lines[:8])
         raise CheckpointError(
-            f"{where} was made with another configuration:\n{lines}\nSet run.name to start a new run, or restore these values."
+            f"{where} was made with another configuration:\n{listed}\nSet run.name to start a new run, or restore these values. "
+            f"What changes from step {step} on, such as model.transformer.rope, is a further stage of `schedule`."
         )
 
 

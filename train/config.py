@@ -14,6 +14,7 @@ from mmctx.datasets.config import DataConfig
 from mmctx.eval.config import EvalConfig
 from mmctx.model import ModelConfig
 from mmctx.objectives import AnyObjective
+from mmctx.train.stages import Stage, StageConfig, resolve_stages
 
 
 class RunInfo(StrictModel):
@@ -54,8 +55,8 @@ class ScheduleConfig(StrictModel):
 class TrainConfig(StrictModel):
     """The loop."""
 
-    steps: int = Field(default=1000, ge=1)
-    """Global steps."""
+    steps: int | None = Field(default=None, ge=1)
+    """Global steps, 1,000 if null. A run with a `schedule` has those of its stages."""
     seed: int = 0
     """Seeds weights, order, masking and dropout."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -93,6 +94,8 @@ class RunConfig(StrictModel):
     """What it is trained for."""
     train: TrainConfig = TrainConfig()
     """How."""
+    schedule: tuple[StageConfig, ...] = ()
+    """Stages in which the context grows; without any, the run is one stage of `train.steps` steps."""
     eval: EvalConfig = EvalConfig()
     """What is measured at the end."""
 
@@ -109,4 +112,19 @@ class RunConfig(StrictModel):
                         raise ValueError(
                             f"{where}.sources.{name}.objectives names {objective!r}, but `objectives` defines {defined}"
                         )
+        if self.schedule and self.train.steps is not None:
+            raise ValueError(
+                f"train.steps={self.train.steps} and a schedule of {self.steps} steps: the stages say how long a run is, remove train.steps"
+            )
+        _ = self.stages  # each must hold together
         return self
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages, each with the configuration that holds in it; made anew at each call."""
+        return resolve_stages(self)
+
+    @property
+    def steps(self) -> int:
+        """Global steps of the whole run."""
+        return self.stages[-1].stop

@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from mmctx.config import dump_config
-from mmctx.datasets.assemble import RunData, build_data
+from mmctx.datasets.assemble import RunData
 from mmctx.datasets.fetch import StepSampler, make_loader
 from mmctx.datasets.planning.order import derive_key
 from mmctx.datasets.planning.plan import Plan, share_out
@@ -24,8 +24,16 @@ from mmctx.model import MmctxModel
 from mmctx.objectives import LossSum
 from mmctx.pack import PackedBatch
 from mmctx.train.build import build_model
-from mmctx.train.checkpoint import TrainerState, list_checkpoints, resume, save_checkpoint, without_pretrained
+from mmctx.train.checkpoint import (
+    TrainerState,
+    list_checkpoints,
+    read_state,
+    resume,
+    save_checkpoint,
+    without_pretrained,
+)
 from mmctx.train.config import RunConfig
+from mmctx.train.course import build_course
 from mmctx.train.optim import build_optimizer, learning_rate
 from mmctx.train.preflight import check_run
 from mmctx.train.records import (
@@ -39,6 +47,7 @@ from mmctx.train.records import (
     write_manifest,
 )
 from mmctx.train.segments import continue_segments, kept_quarantine, read_segments, write_segments
+from mmctx.train.stages import Stage, stage_of
 from mmctx.train.stop import StopOnSignal
 
 
@@ -91,17 +100,16 @@ def _sit_down(config: RunConfig, accelerator: Accelerator) -> Sitting:
     """Data, model and optimizer, as the newest checkpoint left them."""
     run_dir = Path(config.run.dir) / config.run.name
     run_dir.mkdir(parents=True, exist_ok=True)
+    checkpoints = list_checkpoints(run_dir)
+    step = read_state(checkpoints[-1]).step if checkpoints else 0
     with accelerator.main_process_first():  # the others find the indexes that the first one wrote
         progress = announce_indexing(enabled=accelerator.is_main_process)
-        data = build_data(
-            config.data, config.data.sources, config.model, config.objectives, config.train.seed, progress
-        )
-    fresh = not list_checkpoints(run_dir)
-    shape = config if fresh else config.model_copy(update={"model": without_pretrained(config.model)})
-    model = build_model(shape, len(data.tokenizer))
+        course = build_course(config, step, accelerator.num_processes, progress)
+    shape = config.model_copy(update={"model": without_pretrained(config.model)}) if checkpoints else config
+    model = build_model(shape, len(next(iter(course.values())).tokenizer))
     optimizer = build_optimizer(model, config.train.optimizer)
     state = resume(run_dir, config, model, optimizer)
-    return Sitting(config, accelerator, run_dir, data, model, optimizer, state)
+    return Sitting(config, accelerator, run_dir, course, model, optimizer, state)
 
 
 class Sitting:
@@ -112,26 +120,39 @@ class Sitting:
         config: RunConfig,
         accelerator: Accelerator,
         run_dir: Path,
-        data: RunData,
+        course: dict[int, RunData],
         model: MmctxModel,
         optimizer: torch.optim.Optimizer,
         state: TrainerState | None,
     ) -> None:
-        self.config, self.accelerator, self.run_dir, self.data = config, accelerator, run_dir, data
-        self.state = state or TrainerState(planned_steps=config.train.steps)
+        self.config, self.accelerator, self.run_dir, self.course = config, accelerator, run_dir, course
+        self.state = state or TrainerState(planned_steps=config.steps)
+        self.stages, self.steps = config.stages, config.steps
         self.raw_model = model
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.bar = ProgressBar(config.train.steps, self.state.step, enabled=accelerator.is_main_process)
-        self.plan = self._plan(resumed=state is not None)
+        self.saved = self.state.step
+        self.bar = ProgressBar(self.steps, self.state.step, enabled=accelerator.is_main_process)
         self.metrics: Metrics | None = None
         self.ledger = self._open_records(last_step=state.step if state else -1)
+        self._enter(stage_of(self.stages, self.state.step))
         if accelerator.is_main_process:
             self._introduce(resumed=state is not None)
 
-    def _plan(self, resumed: bool) -> Plan:
-        """The plan of the run's current segment, which is a new one if the data changed since the checkpoint."""
-        state, config, where = self.state, self.config, f"{self.run_dir}, step {self.state.step}"
-        earlier = read_segments(state.segments, where) if resumed else []
+    def _enter(self, stage: Stage) -> None:
+        """Takes up a stage: its data, its positions and windows, its plan from where the one before it stopped."""
+        self.stage, self.data = stage, self.course.pop(stage.number)
+        self.raw_model.trunk.set_context(stage.config.model.transformer)
+        self.plan = self._plan()
+        if self.accelerator.is_main_process:
+            write_segments(self.run_dir, self.state.segments)
+        if self.config.schedule and self.state.step == stage.start and self.metrics is not None:
+            self.metrics.write({"step": stage.start + 1, "stage": stage.number, "begins": stage.differences})
+            self.bar.say(f"stage {stage.number + 1} of {len(self.stages)}, steps {stage.start + 1} to {stage.stop}")
+
+    def _plan(self) -> Plan:
+        """The plan of the run's current segment, which is a new one if the data changed since the last step."""
+        state, config, where = self.state, self.stage.config, f"{self.run_dir}, step {self.state.step}"
+        earlier = read_segments(state.segments, where) if state.step else []
         segments = continue_segments(earlier, state.step, config, self.data, where, self.bar.say)
         state.segments = [segment.to_json() for segment in segments]
         if config.data.quarantine and self.accelerator.is_main_process:
@@ -142,36 +163,40 @@ class Sitting:
         """Every step from the current one on."""
         config, state = self.config, self.state
         with StopOnSignal() as stop:  # before the loader's workers start
-            batches, first = self._batches(), state.step
+            batches = self._batches()
             interval = Interval()
             self.model.train()
-            while state.step < config.train.steps and not self._stopped(stop):
+            while state.step < self.steps and not self._stopped(stop):
+                if state.step == self.stage.stop:
+                    del batches  # with its workers
+                    self._enter(stage_of(self.stages, state.step))
+                    batches = self._batches()
                 self._step(batches, interval)
                 state.step += 1
                 self.bar.advance(state.step)
                 if self._is_due(state.step):
                     self._log(interval)
                     interval = Interval()
-                if state.step % config.train.save_every == 0:
+                if state.step % config.train.save_every == 0 or state.step == self.stage.stop:
                     self._save()
             if interval.steps:  # stopped by a signal
                 self._log(interval)
-            if state.step > first:
+            if state.step > self.saved:
                 self._save()
-        interrupted, main = state.step < config.train.steps, self.accelerator.is_main_process
+        interrupted, main = state.step < self.steps, self.accelerator.is_main_process
         return TrainResult(self.run_dir, state.step, interrupted, state.train_seconds, main)
 
     def _is_due(self, step: int) -> bool:
         """Whether a line is written after `step` steps: lines and checkpoints agree on where the run stands."""
         train = self.config.train
-        return step % train.log_every == 0 or step % train.save_every == 0 or step == train.steps
+        return step % train.log_every == 0 or step % train.save_every == 0 or step == self.stage.stop
 
     def _batches(self) -> Iterator[PackedBatch]:
         accelerator = self.accelerator
         sampler = StepSampler(
-            self.plan, self.state.step, self.config.train.steps, accelerator.process_index, accelerator.num_processes
+            self.plan, self.state.step, self.stage.stop, accelerator.process_index, accelerator.num_processes
         )
-        return iter(make_loader(self.data.dataset, sampler, self.config.data))
+        return iter(make_loader(self.data.dataset, sampler, self.stage.config.data))
 
     def _step(self, batches: Iterator[PackedBatch], interval: Interval) -> None:
         """One optimizer step over this rank's bins of the global batch."""
@@ -180,7 +205,8 @@ class Sitting:
         mine = share_out(self.plan.step(step), accelerator.process_index, accelerator.num_processes)
         micro_batches = [next(batches) for _ in mine]
         interval.data_wait += time.perf_counter() - waited
-        lr = learning_rate(step, self.config.train.steps, self.config.train.optimizer.lr, self.config.train.schedule)
+        train = self.config.train
+        lr = learning_rate(step, self.steps, train.optimizer.lr, train.schedule) * self.stage.lr_factor
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         counts = self._global_counts(micro_batches)
@@ -258,8 +284,9 @@ class Sitting:
             "samples": state.samples,
             "tokens_per_s": tokens / seconds,
             "samples_per_s": samples / seconds,
-            "fill": tokens / (bins * config.data.bin_tokens),
+            "fill": tokens / (bins * self.stage.config.data.bin_tokens),
             "data_wait": interval.data_wait / seconds,
+            "stage": self.stage.number,
             "segment": len(state.segments) - 1,
             "batch_fingerprint": show(fingerprint),
             "skipped": state.skipped,
@@ -272,6 +299,7 @@ class Sitting:
         self.ledger.check(state.skipped, state.samples + state.skipped)
 
     def _save(self) -> None:
+        self.saved = self.state.step
         if self.accelerator.is_main_process:
             tokenizer = self.data.tokenizer
             path = save_checkpoint(self.run_dir, self.config, self.raw_model, tokenizer, self.optimizer, self.state)
@@ -297,22 +325,21 @@ class Sitting:
         return SkipLedger(self.run_dir / name, self.config.data.skip_budget, last_step)
 
     def _introduce(self, resumed: bool) -> None:
-        state, plan, steps = self.state, self.plan, self.config.train.steps
+        state, plan, steps = self.state, self.plan, self.steps
         if resumed and state.step >= steps:
-            self.bar.say(f"{self.run_dir} is at step {state.step} already: raise train.steps={steps} to train on")
+            longer = "add a stage to `schedule`" if self.config.schedule else f"raise train.steps={steps}"
+            self.bar.say(f"{self.run_dir} is at step {state.step} already: {longer} to train on")
         elif resumed:
             self.bar.say(f"resuming {self.run_dir} at step {state.step} of {steps}")
             if state.planned_steps != steps:
-                self.bar.say(
-                    f"train.steps is {steps}, was {state.planned_steps}: the learning rate follows the new length"
-                )
+                name = "the schedule's length" if self.config.schedule else "train.steps"
+                self.bar.say(f"{name} is {steps}, was {state.planned_steps}: the learning rate follows the new length")
                 state.planned_steps = steps
         dump_config(self.config, self.run_dir / "config.yaml")
-        write_segments(self.run_dir, state.segments)
         manifest = write_manifest(self.run_dir, self.raw_model, plan, self.accelerator)
         self.bar.say(
             f"{self.run_dir}: {manifest['parameters']:,} parameters, {plan.num_samples:,} samples, "
-            f"{plan.samples_per_step:.1f} of them a step"
+            f"{plan.samples_per_step:.3g} of them a step"
         )
         for warning in explain_left_out(plan, self.data):
             self.bar.say(warning)

@@ -150,10 +150,17 @@ class SkipLedger:
         self._by_shard: Counter[str] = Counter()
 
     def record(self, batches: Sequence[PackedBatch], step: int) -> None:
-        """Writes down what was skipped, and what the plan left out: only the first counts towards the budget."""
+        """Writes down what was skipped, and what the plan left out: only the first counts towards the budget.
+
+        Samples of another length than their source reads are nobody's loss: they are counted alone.
+        """
         for batch in batches:
             self._lines.write({"step": step, "planned": False, **asdict(skip)} for skip in batch.skips)
-            self._lines.write({"step": step, "planned": True, **asdict(skip)} for skip in batch.left_out)
+            self._lines.write(
+                {"step": step, "planned": True, **asdict(skip)}
+                for skip in batch.left_out
+                if skip.reason != "other_length"
+            )
             self._by_shard.update(skip.shard for skip in batch.skips)
 
     def check(self, skipped: int, samples: int) -> None:
@@ -199,6 +206,7 @@ def explain_left_out(plan: Plan, data: RunData) -> Iterator[str]:
     budget = plan.config.skip_budget
     for name, survey in zip(plan.names, plan.surveys, strict=True):
         reasons = Counter(survey.reasons)
+        del reasons["other_length"]
         if reasons.total() > budget * survey.num_seen:
             counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
             seen = "" if survey.is_complete else f" looked at, of {survey.num_samples:,}"

@@ -9,13 +9,14 @@ from pathlib import Path
 
 from mmctx.config import load_config
 from mmctx.datasets.assemble import RunData
-from mmctx.datasets.planning.plan import Bin, Start
+from mmctx.datasets.planning.plan import Bin
 from mmctx.errors import ConfigError
 from mmctx.fingerprint import bin_fingerprint, combine, show
 from mmctx.jsonl import read_lines
 from mmctx.pack import PackedBatch
 from mmctx.train.config import RunConfig, RunInfo
-from mmctx.train.segments import NO_CHANGE_OF_PLAN, SEGMENTS, Segment, open_segment, read_segments, segment_of
+from mmctx.train.course import plan_at
+from mmctx.train.segments import NO_CHANGE_OF_PLAN, SEGMENTS, open_segment, read_segments, segment_of
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,9 @@ def replay(where: Path, step: int, overrides: tuple[str, ...] = ()) -> GlobalBat
         config = config.model_copy(update={"run": RunInfo(name=home.name, dir=str(home.parent))})
     if is_run and (where / SEGMENTS).exists():
         segments = read_segments(json.loads((where / SEGMENTS).read_text()), str(where / SEGMENTS))
+        data, plan = open_segment(segment_of(segments, step - 1), config)
     else:
-        segments = [Segment(Start(), config.data, {})]
-    data, plan = open_segment(segment_of(segments, step - 1), config)
+        data, plan = plan_at(config, step - 1, str(where))
     bins = plan.step(step - 1)
     return GlobalBatch(step, data, bins, [data.dataset[bin] for bin in bins])
 

@@ -45,12 +45,14 @@ class Segment:
         start: where it takes over.
         data: its configuration.
         fingerprints: content of the tokenizer and of each source, see `RunData.fingerprints`.
+        windows: of the trunk's layers, which bins are evened out by.
         quarantine: fingerprint of what the quarantine file lists.
     """
 
     start: Start
     data: DataConfig
     fingerprints: Mapping[str, str]
+    windows: tuple[int | None, ...]
     quarantine: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -59,6 +61,7 @@ class Segment:
             "start": asdict(self.start),
             "data": self.data.model_dump(mode="json"),
             "fingerprints": dict(self.fingerprints),
+            "windows": list(self.windows),
             "quarantine": self.quarantine,
         }
 
@@ -71,7 +74,7 @@ class Segment:
             carried=tuple((name, sample, epoch) for name, sample, epoch in tree["start"]["carried"]),
         )
         data = build_config(DataConfig, tree["data"], where)
-        return cls(start, data, tree["fingerprints"], tree["quarantine"])
+        return cls(start, data, tree["fingerprints"], tuple(tree["windows"]), tree["quarantine"])
 
 
 def continue_segments(
@@ -82,7 +85,8 @@ def continue_segments(
     Raises:
         CheckpointError: the tokenizer or the shards of a source are not those that the run has read so far.
     """
-    now = Segment(Start(), config.data, data.fingerprints, data.quarantine.fingerprint)
+    windows = config.model.transformer.windows
+    now = Segment(Start(), config.data, data.fingerprints, windows, data.quarantine.fingerprint)
     if not earlier:
         return [now]
     last = earlier[-1]
@@ -111,7 +115,9 @@ def open_segment(segment: Segment, config: RunConfig) -> tuple[RunData, Plan]:
     here = _at_new_places(segment.data, config.data)
     if (kept := kept_quarantine(config, segment.quarantine)).exists():
         here = here.model_copy(update={"quarantine": str(kept)})
-    data = build_data(here, here.sources, config.model, config.objectives, config.train.seed)
+    trunk = config.model.transformer.model_copy(update={"windows": segment.windows})
+    model = config.model.model_copy(update={"transformer": trunk})
+    data = build_data(here, here.sources, model, config.objectives, config.train.seed)
     where = f"the part of the run from step {segment.start.step}"
     _check_content(segment.fingerprints, data.fingerprints, where)
     if segment.quarantine not in ("", data.quarantine.fingerprint):
@@ -151,6 +157,8 @@ def _changes(before: Segment, now: Segment) -> list[str]:
     """Lines that tell which keys differ, of those that a batch depends on."""
     a, b = _planned(before.data), _planned(now.data)
     lines = [f"data.{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+    if before.windows != now.windows:
+        lines.append(f"model.transformer.windows: {before.windows} -> {now.windows}")
     if before.quarantine != now.quarantine:
         lines.append(f"data.quarantine: its content was {before.quarantine}, is {now.quarantine}")
     return lines
@@ -172,6 +180,10 @@ def _take_over(last: Segment, step: int, config: RunConfig, data: RunData, say: 
     """
     before, plan = open_segment(last, config)
     drawn = plan.draws(step - last.start.step)
+    if begun := count_begun(plan, step):
+        say(
+            f"  {begun} parts of documents that were split and read in part stay unread: other sizes would cut them elsewhere"
+        )
     sizes = {name: table.num_samples for name, table in data.tables.items()}
     sizes_before = {name: table.num_samples for name, table in before.tables.items()}
     is_weighted = all(source.weight is not None for source in data.config.sources.values())
@@ -206,6 +218,14 @@ def unread(plan: Plan, step: int) -> tuple[tuple[str, int, int], ...]:
         elif (source, sample, epoch) not in read:
             left.append((plan.names[source], sample, epoch))
     return tuple(left) + plan.waiting(window + 1)
+
+
+def count_begun(plan: Plan, step: int) -> int:
+    """Parts of split documents that steps from `step` to the end of its window would have read, of which earlier steps read other parts."""
+    place = (step - plan.start.step) % plan.window_steps
+    read = _units(plan, range(step - place, step))
+    rest = range(step, step - place + plan.window_steps) if place else ()
+    return sum(sample[:3] in read for later in rest for bin in plan.step(later) for sample in bin.samples)
 
 
 def _units(plan: Plan, steps: Iterable[int]) -> set[tuple[int, int, int]]:

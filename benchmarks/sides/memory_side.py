@@ -37,7 +37,7 @@ def build_theirs(sizes: dict[str, int]) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).train()
 
 
-def build_ours(sizes: dict[str, int], pattern: list[str], theirs: LlamaForCausalLM) -> MmctxModel:
+def build_ours(sizes: dict[str, int], windows: list[int | None], theirs: LlamaForCausalLM) -> MmctxModel:
     """Our trunk of the same shape, with the same weights."""
     transformer = TransformerConfig.model_validate(
         {
@@ -47,8 +47,7 @@ def build_ours(sizes: dict[str, int], pattern: list[str], theirs: LlamaForCausal
             "mlp_width": sizes["mlp_width"],
             "qk_norm": False,
             "norm_eps": theirs.config.rms_norm_eps,
-            "pattern": pattern,
-            "window": 512,
+            "windows": windows,
         }
     )
     model = MmctxModel(ModelConfig(transformer=transformer), {"captioning": CaptioningConfig()}, sizes["vocab"])
@@ -91,7 +90,7 @@ def main() -> None:
         def loss() -> torch.Tensor:
             return theirs(input_ids=ids[None], labels=ids[None]).loss
     else:
-        model = ours = build_ours(sizes, settings["pattern"], theirs)
+        model = ours = build_ours(sizes, settings["windows"], theirs)
         ours.set_activations(ActivationsConfig(**settings["activations"]))
         batch = one_document(ids)
         del theirs

@@ -70,7 +70,7 @@ _LEVELS: dict[Level, dict[str, str]] = {"error": _SAMPLE_ERRORS | _SHARD_ERRORS,
 DEFECTS = {word: Defect(level, meaning) for level, words in _LEVELS.items() for word, meaning in words.items()}
 """All defects, gravest first. Those of samples that cannot be used are words of `contents.REASONS`."""
 
-assert set(_SAMPLE_ERRORS) == set(REASONS) - {"ok", "quarantined"}  # the last is what a check leads to
+assert set(_SAMPLE_ERRORS) == set(REASONS) - {"ok", "quarantined", "other_length"}  # the last is what a check leads to
 
 
 class Finding(NamedTuple):

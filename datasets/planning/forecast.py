@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -51,17 +52,17 @@ def _source(plan: Plan, number: int, steps: int) -> dict[str, Any]:
     """How often a source is read: unique samples, repeats, and what is left out."""
     name, survey = plan.names[number], plan.surveys[number]
     size = survey.num_samples
-    if plan.is_weighted:
-        drawn = plan.draws(steps)[name]
-    else:
-        drawn = plan.draws(steps)[""] * size // plan.num_samples
+    order, share = (name, 1) if plan.is_weighted else ("", Fraction(size, plan.num_samples))
+    before = int(plan.start.drawn.get(order, 0) * share)  # by earlier segments
+    after = int(plan.draws(steps)[order] * share)
+    drawn, unique = after - before, min(after, size) - min(before, size)
     usable = 1 - sum(survey.reasons.values()) / survey.num_seen
     return {
         "samples": size,
         "drawn": drawn,
         "epochs": drawn / size,
-        "unique": min(drawn, size),
-        "repeats": max(drawn - size, 0),
+        "unique": unique,
+        "repeats": drawn - unique,
         "usable": usable,
         "left_out": dict(survey.reasons)
         if survey.is_complete

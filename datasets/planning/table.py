@@ -26,7 +26,7 @@ from mmctx.sample import Sample, SampleSizes
 LIMITED = ("tokens", "images", "audio_frames", "pairs")
 """Quantities that a bin is limited in, in the order of `Units.sizes`."""
 
-_OVER_LONG, _MISSING = REASONS.index("over_long"), REASONS.index("missing_member")
+_OVER_LONG, _MISSING, _OTHER_LENGTH = (REASONS.index(r) for r in ("over_long", "missing_member", "other_length"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,11 @@ class SourceTable:
         ids = np.asarray(ids)
         pre = self.preprocessors
         whole, flags = self.source.sizes_and_flags(ids, pre.image_tokens, pre.audio_tokens)
-        long = (flags == 0) & (self._longest(whole) > self.data.context_length)
+        longest = self._longest(whole)
+        low, high = self.config.lengths
+        outside = (longest > 0) & ((longest < low) | (longest > (high or NO_LIMIT)))
+        flags = np.where((flags == 0) & outside, _OTHER_LENGTH, flags)
+        long = (flags == 0) & (longest > self.data.context_length)
         owner, part = np.arange(len(ids)), np.zeros(len(ids), np.int64)
         sizes = whole
         if self.config.long_documents != "drop" and long.any():
@@ -128,8 +132,8 @@ class SourceTable:
         # Media may leave no room for the text beside them: nothing is missing from a sample that was cut.
         reasons[nothing.any(axis=0) & ~is_part] = _MISSING
         reasons[nothing.any(axis=0) & ~is_part & long[owner]] = _OVER_LONG
-        longest = np.max([made.max(axis=1) for made in lengths], axis=0)
-        reasons[(longest > self.data.context_length) | (found > np.asarray(self.limits)).any(axis=1)] = _OVER_LONG
+        made_longest = np.max([made.max(axis=1) for made in lengths], axis=0)
+        reasons[(made_longest > self.data.context_length) | (found > np.asarray(self.limits)).any(axis=1)] = _OVER_LONG
         of_sample = flags.copy()
         wrong = np.flatnonzero(reasons)
         wrong = wrong[flags[owner[wrong]] == 0]
@@ -158,6 +162,8 @@ class SourceTable:
         sizes = self._sizes(np.array([sample_id]))
         lengths = np.concatenate([half.lengths(sizes) for half in self.halves], axis=1)[0]
         made = f"the objectives of this source would make documents of {lengths[lengths > 0].tolist()} tokens of this sample"
+        if code == _OTHER_LENGTH:
+            return f"{made}; data.sources.{self.source.name}.lengths is {list(self.config.lengths)}"
         if code == _MISSING:
             return f"{made}; each of {', '.join(self.config.objectives)} must find something to learn from"
         holds = f"{int(sizes.num_images[0])} pictures and {int(sizes.audio_tokens[0])} tokens of sound"

@@ -39,6 +39,7 @@ REASONS = (
     "oversized_audio",
     "absurd_rate",
     "placeholder_mismatch",
+    "other_length",  # outside the `lengths` of its source: left to another source or stage; known only to a plan
 )
 """Why a sample cannot be used. The position in this list is the code in an index: append only."""
 

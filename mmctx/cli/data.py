@@ -115,10 +115,11 @@ def data_stats(
         from mmctx.datasets.planning.forecast import forecast
         from mmctx.datasets.planning.plan import Plan
 
-        data = api.build_dataset(config)
+        data = api.build_dataset(config.stages[0].config)
         made = data.dataset.tables[0].preprocessors
         sizes = {"image_tokens": made.image_tokens, "audio_tokens": made.audio_tokens}
-        forecasted = forecast(Plan(config.data, data.tables, config.train.seed), config.train.steps)
+        first = config.stages[0]
+        forecasted = forecast(Plan(first.config.data, data.tables, config.train.seed), first.stop)
     sources = []
     with progress_bars() as show:
         for name, paths, options in _sources(shards, tokenizer, text, None):

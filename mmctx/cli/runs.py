@@ -53,20 +53,13 @@ def evaluate(
 
 
 def plan(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Show what a run will read, before it runs."""
+    """Show what a run will read, compute and need, stage by stage, before it runs."""
     from mmctx import api
-    from mmctx.datasets.planning.forecast import forecast, largest_bin
-    from mmctx.datasets.planning.plan import Plan
-    from mmctx.train.memory import estimate_memory
+    from mmctx.train.course import forecast_run
 
-    run_config = api.load_config(config, *(overrides or []))
-    data = api.build_dataset(run_config)
-    run_plan = Plan(run_config.data, data.tables, run_config.train.seed)
-    answer = forecast(run_plan, run_config.train.steps)
-    step, number = largest_bin(run_plan, run_config.train.steps)
-    batch = data.dataset[run_plan.step(step)[number]]
-    answer["memory"] = estimate_memory(run_config, batch, len(data.tokenizer))
-    print_answer(answer, as_json, table(answer))
+    answer = forecast_run(api.load_config(config, *(overrides or [])), str(config))
+    stages = {f"stage {number}": stage for number, stage in enumerate(answer["stages"], 1)}
+    print_answer(answer, as_json, table({k: v for k, v in answer.items() if k != "stages"} | stages))
 
 
 def replay(

@@ -103,7 +103,7 @@ def test_a_long_document_is_foretold(
     tree["data"]["sources"] = {"s": {"shards": str(tmp_path / "s.tar"), "objectives": ["captioning"]}}
     tree["data"] |= {"context_length": 4000, "bin_tokens": 4000, "window_steps": 1, "bins_per_step": 1}
     tree["model"] |= {"image": None, "audio": None}
-    tree["model"]["transformer"] |= {"window": window, "pattern": ["local" if window else "global"]}
+    tree["model"]["transformer"] |= {"windows": [window]}
     tree["train"]["activations"] = activations
     config, batch, vocab_size = open_run(tree)
     assert max(batch.layout.lengths) > 1800

@@ -86,6 +86,19 @@ def test_a_source_that_comes_back_goes_on_where_it_stopped(reader: Reader) -> No
     assert reader.first_epoch("books") == set(range(12))
 
 
+def test_parts_that_are_left_behind_are_counted(reader: Reader) -> None:
+    """As many as the first plan, undisturbed, would still have read of samples that it began."""
+    reader.tree["data"]["context_length"] = 20
+    undisturbed = Reader(reader.tree)
+    undisturbed.go(5)  # the whole window
+    reader.go(2)
+    begun = {entry[:3] for entry in reader.read}
+    left = [entry for entry in undisturbed.read[len(reader.read) :] if entry[:3] in begun]
+    reader.go(1, set_window(5, 400))
+    assert left
+    assert [line.split()[0] for line in reader.said if "stay unread" in line] == [str(len(left))]
+
+
 def test_other_blocks_begin_a_new_pass(reader: Reader) -> None:
     """An epoch that went on in another order would read some samples twice and never others."""
     reader.go(2)
