@@ -17,6 +17,7 @@ from mmctx.datasets.planning.plan import Plan
 from mmctx.errors import ConfigError, DataError
 from mmctx.model import MmctxModel
 from mmctx.pack import PackedBatch
+from mmctx.train.audit import audit
 from mmctx.train.build import build_model as _build_model
 from mmctx.train.checkpoint import load_model, read_state, resolve_checkpoint
 from mmctx.train.config import RunConfig
@@ -122,4 +123,4 @@ def _first_batch(config: RunConfig) -> PackedBatch | None:
     return data.dataset[Plan(config.data, data.tables, config.train.seed).step(0)[0]]
 
 
-__all__ = ["TrainResult", "build_dataset", "build_model", "evaluate", "load_config", "load_model", "train"]
+__all__ = ["TrainResult", "audit", "build_dataset", "build_model", "evaluate", "load_config", "load_model", "train"]

@@ -38,5 +38,9 @@ class CheckpointError(MmctxError):
     """A checkpoint that is incomplete, damaged or belongs to another configuration."""
 
 
+class LeakError(MmctxError):
+    """An audit found documents that see each other, or could not have found any."""
+
+
 class BackendError(MmctxError):
     """An attention backend that cannot run here or cannot do what was asked."""

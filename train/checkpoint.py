@@ -36,6 +36,7 @@ FREE_TO_CHANGE = (
     "train.log_every",
     "train.save_every",
     "train.keep_checkpoints",
+    "train.audit",
     "train.tensorboard",
     "train.num_threads",
     "train.activations",

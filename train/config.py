@@ -75,6 +75,9 @@ class TrainConfig(StrictModel):
     """Steps between checkpoints; one is always written at the end and on Ctrl-C."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Older ones are deleted."""
+    audit: bool = False
+    """Audit the model for leaks on the data of the next step, before training and before each stage, and stop if there is one; see
+    `mmctx audit`."""
     tensorboard: bool = False
     """Write TensorBoard events beside metrics.jsonl."""
     num_threads: int | None = None

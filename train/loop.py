@@ -23,6 +23,7 @@ from mmctx.fingerprint import as_signed, bin_fingerprint, combine, show
 from mmctx.model import MmctxModel
 from mmctx.objectives import LossSum
 from mmctx.pack import PackedBatch
+from mmctx.train.audit import audit_before_training
 from mmctx.train.build import build_model
 from mmctx.train.checkpoint import (
     TrainerState,
@@ -163,6 +164,7 @@ class Sitting:
         """Every step from the current one on."""
         config, state = self.config, self.state
         with StopOnSignal() as stop:  # before the loader's workers start
+            self._audit()
             batches = self._batches()
             interval = Interval()
             self.model.train()
@@ -170,6 +172,7 @@ class Sitting:
                 if state.step == self.stage.stop:
                     del batches  # with its workers
                     self._enter(stage_of(self.stages, state.step))
+                    self._audit()
                     batches = self._batches()
                 self._step(batches, interval)
                 state.step += 1
@@ -185,6 +188,13 @@ class Sitting:
                 self._save()
         interrupted, main = state.step < self.steps, self.accelerator.is_main_process
         return TrainResult(self.run_dir, state.step, interrupted, state.train_seconds, main)
+
+    def _audit(self) -> None:
+        """Looks for leaks before the first step of this sitting and of each stage, if that is wished; leaves no trace in the run."""
+        if self.config.train.audit and self.state.step < self.steps:
+            device, config = self.accelerator.device, self.stage.config
+            report = audit_before_training(config, self.raw_model, self.data, self.plan, self.state.step, device)
+            self.bar.say(f"audit: {report.num_checks:,} checks on {report.documents} documents, no leaks")
 
     def _is_due(self, step: int) -> bool:
         """Whether a line is written after `step` steps: lines and checkpoints agree on where the run stands."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from mmctx.cli import build, convert, data, runs
+from mmctx.cli import audit, build, convert, data, runs
 from mmctx.errors import MmctxError
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ for name, command in {
     "plan": runs.plan,
     "replay": runs.replay,
     "doctor": runs.doctor,
+    "audit": audit.audit,
 }.items():
     app.command(name)(command)
 data_app.add_typer(build.app, name="build")
