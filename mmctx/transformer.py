@@ -16,10 +16,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmctx.attention import attention
 from mmctx.config import StrictModel
 from mmctx.kv_cache import KVCache
 from mmctx.layout import DocumentLayout
+from mmctx.parallel.dropout import shard_dropout
+from mmctx.parallel.ulysses import sequence_attention
 from mmctx.rope import RopeConfig, Rotary, rotate
 
 
@@ -110,7 +111,7 @@ class Attention(nn.Module):
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
         if cache is None:
-            mixed = attention(q, k, v, layout, window=self.window, backend=self.backend)  # (T, H, d)
+            mixed = sequence_attention(q, k, v, layout, window=self.window, backend=self.backend)  # (T, H, d)
         else:
             mixed = cache.attend(self.layer, q, k, v, layout, window=self.window, backend=self.backend)
         return self.out(mixed.flatten(1))
@@ -139,14 +140,17 @@ class Block(nn.Module):
         self.attention = Attention(config, layer)
         self.mlp_norm = config.make_norm(config.width)
         self.mlp = SwiGLU(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], layout: DocumentLayout, cache: KVCache | None = None
     ) -> Tensor:
         """See the class."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), rope, layout, cache))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        x = x + self._drop(self.attention(self.attention_norm(x), rope, layout, cache), layout)
+        return x + self._drop(self.mlp(self.mlp_norm(x)), layout)
+
+    def _drop(self, x: Tensor, layout: DocumentLayout) -> Tensor:
+        return shard_dropout(x, self.dropout, self.training, layout.shards)
 
 
 class Transformer(nn.Module):

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from mmctx.model import MmctxModel, count_parameters
 from mmctx.pack import PackedBatch
+from mmctx.parallel.shard import shard_batch
 from mmctx.train.checkpoint import without_pretrained
 from mmctx.train.config import RunConfig
 
@@ -21,8 +22,11 @@ def estimate_memory(config: RunConfig, batch: PackedBatch, vocab_size: int) -> d
     """Bytes that one process needs at the end of the forward pass over `batch`, where memory peaks, by what they are for.
 
     Weights, gradients, AdamW's two moments, and what autograd keeps for the backward pass; not the library itself, workspaces of kernels
-    and data loaders. Activations are counted in float32: under bf16 autocast they take between half and all of that.
+    and data loaders. With sequence parallel, of the part of the batch that the first process computes. Activations are counted in float32:
+    under bf16 autocast they take between half and all of that.
     """
+    if (size := config.train.sequence_parallel) > 1:
+        batch = shard_batch(batch, 0, size, group=None)
     with torch.device("meta"):
         model = MmctxModel(without_pretrained(config.model), config.objectives, vocab_size)
     own = {_storage(tensor) for tensor in [*model.parameters(), *model.buffers()]}

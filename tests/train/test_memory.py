@@ -53,6 +53,15 @@ def test_activations_are_what_autograd_keeps(tree: dict[str, Any], changes: dict
     assert estimate["activations"] == pytest.approx(measured_activations(model, batch), rel=0.01)
 
 
+def test_with_sequence_parallel_it_is_the_share_of_one_process(tree: dict[str, Any]) -> None:
+    """What is shared out falls to less than two thirds, embeddings that are compared and slots of key heads included."""
+    config, model, batch = open_run(tree)
+    shared = config.model_copy(update={"train": config.train.model_copy(update={"sequence_parallel": 2})})
+    whole, part = (estimate_memory(c, batch, model.vocab_size) for c in (config, shared))
+    assert whole["activations"] / 2 < part["activations"] < whole["activations"] * 2 / 3
+    assert part["weights"] == whole["weights"]
+
+
 def test_grouped_heads_are_repeated_where_a_mask_is_needed(tree: dict[str, Any]) -> None:
     """As PyTorch's attention does on a GPU and not on a CPU: the estimate is a little on the safe side."""
     config, model, batch = open_run(tree)
