@@ -1,4 +1,4 @@
-"""Every benchmark of the data path runs at tiny size and reports what it promises. Times are not looked at."""
+"""Benchmarks of the data path and of sequence parallel run at tiny size and report what they promise. Times are not looked at."""
 
 from __future__ import annotations
 
@@ -78,3 +78,11 @@ def test_extend_context():
     assert result["positions"] == ["0..31", "32..63", "64..127", "128..255"]
     assert all(7 < loss < 8.5 for losses in result["loss"].values() for loss in losses)  # of 2,368 rows, barely trained
     assert all(0.5 < ratio < 1 for ratio in result["after_over_before"])
+
+
+def test_sequence_parallel():
+    result = run("sequence_parallel.py")
+    assert result["loss_error"] < 1e-6
+    assert result["gradient_error"] < 1e-5
+    assert max(result["kept"]["ranks"]) < 0.75 * result["kept"]["one process"]
+    assert set(result["faster_than"]) == {"one process, one thread", "one process, two threads"}

@@ -26,7 +26,7 @@ from mmctx.train.config import RunConfig
 
 MODELS: dict[str, dict[str, Any]] = {
     "two key heads": {},
-    "one key head, windows": {"num_kv_heads": 1, "pattern": ["global", "local"], "window": 6, "dropout": 0.1},
+    "one key head, windows": {"num_kv_heads": 1, "windows": [None, 6], "dropout": 0.1},
     "twelve heads on three, recomputed": {
         "width": 48,
         "num_heads": 12,
