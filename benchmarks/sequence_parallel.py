@@ -6,8 +6,7 @@ Two gloo processes take turns: the first computes the whole bin alone, then both
 (asserted) before anything is timed. Peers cannot take part: PyTorch's context parallel has no CPU path, accelerate's forbids packing and
 its sequence parallel needs DeepSpeed.
 
-"Kept" is what autograd holds for the backward pass at the end of the forward pass, exactly, without parameters. "Peak" is by how much the
-process grew during a step, by the kernel's high-water mark.
+"Kept" is what autograd holds for the backward pass at the end of the forward pass, without parameters: counted, not measured.
 """
 
 from __future__ import annotations
@@ -134,22 +133,6 @@ def forward_and_backward(
     return loss.detach(), held
 
 
-def growth(run: Callable[[], object]) -> int | None:
-    """Bytes by which the process outgrew its size while it ran; None where the kernel does not let us reset its mark."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return None
-    before = _status("VmRSS")
-    run()
-    return max(0, _status("VmHWM") - before)
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
-
-
 def assert_equal(model: MmctxModel, step: Callable[[Mesh], tuple[Tensor, int]], together: Mesh) -> dict[str, Any]:
     """The step alone and together: largest relative errors of loss and gradients, and bytes kept by either on this rank."""
 
@@ -204,17 +187,15 @@ def worker(out: Path, quick: bool, repeats: int) -> None:
         "two ranks, one thread each": side(together, 1),
     }
     seconds = interleaved(sides, repeats)
-    peaks = [growth(side(mesh, 1)) for mesh in (alone, together)]
     ranks: list[Any] = [None, None]
-    dist.all_gather_object(ranks, {"kept": equal["together"], "peak": peaks[1]})
+    dist.all_gather_object(ranks, equal["together"])
     if rank == 0:
         result = {
             "tokens": batch.num_tokens,
             "documents": len(batch.layout.lengths),
             "longest": batch.layout.max_seqlen,
             **{name: equal[name] for name in ("loss_error", "gradient_error")},
-            "kept": {"one process": equal["alone"], "ranks": [r["kept"] for r in ranks]},
-            "peak": {"one process": peaks[0], "ranks": [r["peak"] for r in ranks]},
+            "kept": {"one process": equal["alone"], "ranks": ranks},
             "seconds": seconds,
         }
         out.write_text(json.dumps(result))
@@ -223,17 +204,13 @@ def worker(out: Path, quick: bool, repeats: int) -> None:
 
 def lines_of(result: dict[str, Any]) -> list[str]:
     """The result to read."""
+    alone, ranks = result["kept"]["one process"], result["kept"]["ranks"]
+    shares = ", ".join(f"{size / MIB:.0f}" for size in ranks)
     lines = [
         f"one bin of {result['tokens']} tokens in {result['documents']} documents, the longest of {result['longest']}",
         f"equal: loss to {result['loss_error']:.1e} (bar 1e-6), gradients to {result['gradient_error']:.1e} (bar 1e-5)",
+        f"kept: one process {alone / MIB:.0f} MiB, ranks {shares} MiB: {max(ranks) / alone:.2f} of it",
     ]
-    for name in ("kept", "peak"):
-        alone, ranks = result[name]["one process"], result[name]["ranks"]
-        if alone:
-            shares = ", ".join(f"{size / MIB:.0f}" for size in ranks)
-            lines.append(
-                f"{name:<5} one process {alone / MIB:.0f} MiB, ranks {shares} MiB: {max(ranks) / alone:.2f} of it"
-            )
     lines += [f"{name:<27} {min(seconds):6.2f} s" for name, seconds in result["seconds"].items()]
     return lines + [f"two ranks are faster than {name} by {value}" for name, value in result["faster_than"].items()]
 
