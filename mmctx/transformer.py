@@ -17,12 +17,14 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mmctx.activations import KEEP_ALL, ActivationsConfig, in_tiles, recompute
-from mmctx.attention import attention
 from mmctx.compiling import run
 from mmctx.config import StrictModel
 from mmctx.kv_cache import KVCache
 from mmctx.layout import DocumentLayout
 from mmctx.offload import HostOffload
+from mmctx.parallel.dropout import shard_dropout
+from mmctx.parallel.exchange import TokenShards
+from mmctx.parallel.ulysses import sequence_attention
 from mmctx.rope import RopeConfig, Rotary, rotate
 
 
@@ -114,7 +116,7 @@ class Attention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: DocumentLayout, cache: KVCache | None) -> Tensor:
         """What the tokens of a document tell each other: (T, H, d)."""
         if cache is None:
-            return attention(q, k, v, layout, window=self.window, backend=self.backend)
+            return sequence_attention(q, k, v, layout, window=self.window, backend=self.backend)
         return cache.attend(self.layer, q, k, v, layout, window=self.window, backend=self.backend)
 
 
@@ -146,7 +148,7 @@ class Block(nn.Module):
         self.attention = Attention(config, layer)
         self.mlp_norm = config.make_norm(config.width)
         self.mlp = SwiGLU(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
         self.layer, self.activations = layer, KEEP_ALL
         self.compiler: str | None = None
 
@@ -163,12 +165,12 @@ class Block(nn.Module):
 
         def attend(x: Tensor) -> Tensor:
             q, k, v = run(compiler, _project, self, x, *rope)
-            return run(compiler, _merge, self, x, self.attention.attend(q, k, v, layout, cache))
+            return run(compiler, _merge, self, x, self.attention.attend(q, k, v, layout, cache), shards=layout.shards)
 
         def feed_forward(x: Tensor) -> Tensor:
-            return run(compiler, _feed_forward, self, x)
+            return run(compiler, _feed_forward, self, x, shards=layout.shards)
 
-        random = self.dropout.p > 0
+        random = self.dropout > 0
         tile = self.activations.mlp_tile if self.training else None
         first = attend if tile is not None else lambda x: feed_forward(attend(x))
         if self.recomputes:
@@ -183,14 +185,14 @@ def _project(block: Block, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor,
     return block.attention.project(block.attention_norm(x), (cos, sin))
 
 
-def _merge(block: Block, x: Tensor, mixed: Tensor) -> Tensor:
+def _merge(block: Block, x: Tensor, mixed: Tensor, shards: TokenShards | None) -> Tensor:
     """The stream (T, D) and what attention gave (T, H, d) -> (T, D)."""
-    return x + block.dropout(block.attention.out(mixed.flatten(1)))
+    return x + shard_dropout(block.attention.out(mixed.flatten(1)), block.dropout, block.training, shards)
 
 
-def _feed_forward(block: Block, x: Tensor) -> Tensor:
+def _feed_forward(block: Block, x: Tensor, shards: TokenShards | None) -> Tensor:
     """The second half of a block, which treats every token by itself: (T, D) -> (T, D)."""
-    return x + block.dropout(block.mlp(block.mlp_norm(x)))
+    return x + shard_dropout(block.mlp(block.mlp_norm(x)), block.dropout, block.training, shards)
 
 
 class Transformer(nn.Module):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmctx.model import MmctxModel
 from mmctx.pack import PackedBatch
+from mmctx.parallel.shard import shard_batch
 from mmctx.train.build import build_model
 from mmctx.train.checkpoint import without_pretrained
 from mmctx.train.config import RunConfig
@@ -22,12 +23,14 @@ def estimate_memory(config: RunConfig, batch: PackedBatch, vocab_size: int) -> d
 
     The step is a later one: AdamW's moments exist, and gradients too if the process takes several bins a step. The batches of a step and
     of the one before it are counted as large as this one. Not counted are the libraries themselves, what kernels allocate inside, data
-    loaders, and DDP's buckets, which take the gradients' size once more.
+    loaders, and DDP's buckets, which take the gradients' size once more. With sequence parallel the batch is the first process's part.
 
     Returns:
         `weights`, `gradients`, `optimizer`, `batches`, then activations by the module that they belong to (`image`, `audio`, `trunk`,
         `objectives`, `embedding`), `total`, and `peak_at`.
     """
+    if (size := config.train.sequence_parallel) > 1:
+        batch = shard_batch(batch, 0, size, group=None)
     shape = config.model_copy(update={"model": without_pretrained(config.model)})
     trace = StorageTrace()
     with torch.device("meta"):

@@ -145,3 +145,14 @@ def test_a_process_that_trains_grows_as_foretold(
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["resident"] == pytest.approx(found["estimate"], rel=0.15)
+
+
+def test_with_sequence_parallel_it_is_the_share_of_one_process(tree: dict[str, Any]) -> None:
+    """What is shared out falls to less than three quarters: rows on their way between ranks are there twice."""
+    tree["data"]["bins_per_step"] = 1
+    tree["model"]["transformer"]["dropout"] = 0.0  # masks are drawn for all tokens
+    config, batch, vocab_size = open_run(tree)
+    shared = config.model_copy(update={"train": config.train.model_copy(update={"sequence_parallel": 2})})
+    whole, part = (estimate_memory(c, batch, vocab_size) for c in (config, shared))
+    assert whole["trunk"] / 2 < part["trunk"] < whole["trunk"] * 0.75
+    assert part["weights"] == whole["weights"]
