@@ -78,23 +78,6 @@ def test_command_line(tree: dict[str, Any], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_table_names_both_documents_of_a_leak(tree: dict[str, Any], tmp_path: Path, monkeypatch) -> None:
-    from mmctx.cli.audit import audit_table
-
-    leak_in_attention(monkeypatch, tree)
-    monkeypatch.delitem(BACKENDS, "sdpa")  # clean, and tested above
-    report = api.audit(write(tree, tmp_path / "leaky.yaml"), tokens=80)
-    assert not report.ok
-    leak = report.leaks[0]
-    text = audit_table(report)
-    assert "no_mask" in text
-    assert leak.source is not None
-    assert leak.victim is not None
-    assert leak.source.key in text
-    assert leak.victim.key in text
-
-
-@pytest.mark.slow
 def test_training_goes_on_as_if_it_had_not_been_audited(tree: dict[str, Any]) -> None:
     """With dropout, over a resumption."""
     for name, audit in (("with", True), ("without", False)):
@@ -113,6 +96,7 @@ def test_each_stage_is_audited_as_it_is(tree: dict[str, Any], tmp_path: Path, mo
     """Its windows too: what leaks over a border within a window shows in the stage that has one."""
     monkeypatch.setitem(BACKENDS, "window_over_border", planted.backend(planted.window_over_border))
     tree["model"]["transformer"]["attention"] = "window_over_border"
+    tree["data"]["bin_tokens"] = 150
     tree["schedule"] = [{"steps": 2}, {"steps": 2, "windows": [5]}]
     tree["train"].pop("steps")
     with pytest.raises(LeakError, match="window_over_border"):
@@ -130,6 +114,7 @@ def test_each_stage_is_audited_as_it_is(tree: dict[str, Any], tmp_path: Path, mo
 @pytest.mark.slow
 def test_training_stops_on_a_leak(tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     leak_in_attention(monkeypatch, tree)
+    tree["data"]["bin_tokens"] = 150
     with pytest.raises(LeakError, match=r"not kept apart(?s:.*)token of .*triple\d+"):
         train(build(tree, "leaky", steps=2, audit=True))
     assert not read_lines(Path(tree["run"]["dir"]) / "leaky" / "metrics.jsonl")
