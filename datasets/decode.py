@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -73,11 +74,7 @@ def decode_sample(
             raise SampleError(error.reason, f"{segment.value}: {error.detail}") from None
 
     if segments is not None:
-        parts = [tokenizer.encode(s.value) if s.kind == "text" else make(s) for s in segments]
-        kept = tuple(p for p in parts if p is not None and (isinstance(p, MediaItem) or len(p)))
-        if not kept:
-            raise SampleError("empty", f"{len(segments)} segments hold neither tokens nor media")
-        return Sample(key=raw.key, source=source, uid=uid, segments=kept)
+        return _document(segments, tokenizer, make, Sample(key=raw.key, source=source, uid=uid))
 
     ids = tuple(_encode(entry, read_text(entry, raw.members, document), tokenizer) for entry in texts)
     items = {segment.kind: item for segment in media if (item := make(segment)) is not None}
@@ -86,6 +83,22 @@ def decode_sample(
             "empty", f"no media and none of the texts {', '.join(texts)}; members: {', '.join(raw.members)}"
         )
     return Sample(key=raw.key, source=source, uid=uid, texts=ids, image=items.get("image"), audio=items.get("audio"))
+
+
+def _document(
+    segments: Sequence[Segment], tokenizer: TextTokenizer, make: Callable[[Segment], MediaItem | None], sample: Sample
+) -> Sample:
+    """`sample` with its segments tokenized and decoded. A member that several segments show is decoded, and later encoded, once."""
+    texts = iter(tokenizer.encode_many([s.value for s in segments if s.kind == "text"]))
+    shown = {s.value: make(s) for s in segments if s.kind != "text"}
+    parts = [(next(texts) if s.kind == "text" else shown[s.value], s.learned) for s in segments]
+    kept = [
+        (part, learned) for part, learned in parts if isinstance(part, MediaItem) or (part is not None and len(part))
+    ]
+    if not kept:
+        raise SampleError("empty", f"{len(segments)} segments hold neither tokens nor media")
+    learned = None if all(s.learned for s in segments) else tuple(flag for _, flag in kept)
+    return replace(sample, segments=tuple(part for part, _ in kept), learned=learned)
 
 
 def _encode(entry: str, text: str | None, tokenizer: TextTokenizer) -> np.ndarray | None:

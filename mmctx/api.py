@@ -19,9 +19,10 @@ from mmctx.model import MmctxModel
 from mmctx.pack import PackedBatch
 from mmctx.train.audit import audit
 from mmctx.train.build import build_model as _build_model
-from mmctx.train.checkpoint import load_model, read_state, resolve_checkpoint
+from mmctx.train.checkpoint import list_checkpoints, load_model, load_run_config, read_state, resolve_checkpoint
 from mmctx.train.config import RunConfig
 from mmctx.train.loop import TrainResult, train
+from mmctx.train.stages import trained_stage
 
 
 def load_config(path: str | Path, *overrides: str) -> RunConfig:
@@ -67,6 +68,24 @@ def evaluate(
     from mmctx.eval.report import summarise_losses, write_report  # needs the `eval` extra, training does not
 
     folder = resolve_checkpoint(Path(checkpoint))
+    context, config = _context(folder, overrides, progress)
+    suites = suites or config.eval.suites
+    results = evaluation.evaluate(context, suites)
+    run_dir = folder.parent
+    state = read_state(folder)
+    if results.get("recall") and load_run_config(folder).schedule:
+        results["recall"]["stages"] = recall_curve(run_dir, until=state.step, overrides=overrides, progress=progress)
+    results |= {"step": state.step, "tokens": state.tokens, "train_seconds": round(state.train_seconds, 1)}
+    results = _joined(_of_the_same_step(run_dir / "report.json", state.step), results)
+    results["loss"] = summarise_losses(run_dir, results.get("loss", {}))
+    write_report(run_dir, results, config, context.data, batch=_first_batch(_with_tokenizer(config, folder)))
+    return results
+
+
+def _context(
+    folder: Path, overrides: Sequence[str], progress: Callable[[str, int, int], None] | None
+) -> tuple[evaluation.EvalContext, RunConfig]:
+    """A checkpoint's model and held-out data, and the configuration of its stage."""
     model, _, config = load_model(folder)
     config = _overridden(config, overrides)
     if not config.eval.sources:
@@ -74,18 +93,53 @@ def evaluate(
             "eval.sources is empty: name held-out shards to evaluate on, for example eval.sources.held_out.shards=..."
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    readable = config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": str(folder)})})
-    data = build_dataset(readable, held_out=True)
+    data = build_dataset(_with_tokenizer(config, folder), held_out=True)
     bf16 = config.train.precision == "bf16"
-    context = evaluation.EvalContext(model.to(device), data, config.objectives, config.eval, device, bf16, progress)
-    results = evaluation.evaluate(context, suites or config.eval.suites)
-    run_dir = folder.parent
-    state = read_state(folder)
-    results |= {"step": state.step, "tokens": state.tokens, "train_seconds": round(state.train_seconds, 1)}
-    results = _joined(_of_the_same_step(run_dir / "report.json", state.step), results)
-    results["loss"] = summarise_losses(run_dir, results.get("loss", {}))
-    write_report(run_dir, results, config, data, batch=_first_batch(readable))
-    return results
+    return evaluation.EvalContext(
+        model.to(device), data, config.objectives, config.eval, device, bf16, progress
+    ), config
+
+
+def recall_curve(
+    run_dir: str | Path,
+    *,
+    until: int | None = None,
+    overrides: Sequence[str] = (),
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Recall after each stage of a run: the checkpoints of their ends, with the positions and windows of their stage, on all held-out
+    documents.
+
+    Args:
+        run_dir: the run's folder.
+        until: the last step that counts.
+        overrides: changes of the run's configuration.
+        progress: called with (suite, done, total).
+
+    Returns:
+        `{"step", "label", "lengths": {length: score}}` of each checkpoint, in order; see `mmctx.eval.recall.score`.
+    """
+    curve = []
+    for folder in list_checkpoints(Path(run_dir)):
+        step = read_state(folder).step
+        stage = trained_stage(load_run_config(folder), step)
+        if step != stage.stop or (until is not None and step > until):
+            continue  # saved on the way
+        context, config = _context(folder, overrides, progress)
+        found = evaluation.evaluate(context, ["recall"])["recall"].get("lengths", {})
+        scores = {length: by_kind["all"] for length, by_kind in found.items()}
+        curve.append(
+            {
+                "step": step,
+                "label": f"after stage {stage.number + 1}: {config.data.context_length:,} tokens",
+                "lengths": scores,
+            }
+        )
+    return curve
+
+
+def _with_tokenizer(config: RunConfig, folder: Path) -> RunConfig:
+    return config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": str(folder)})})
 
 
 def _overridden(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
@@ -123,4 +177,14 @@ def _first_batch(config: RunConfig) -> PackedBatch | None:
     return data.dataset[Plan(config.data, data.tables, config.train.seed).step(0)[0]]
 
 
-__all__ = ["TrainResult", "audit", "build_dataset", "build_model", "evaluate", "load_config", "load_model", "train"]
+__all__ = [
+    "TrainResult",
+    "audit",
+    "build_dataset",
+    "build_model",
+    "evaluate",
+    "load_config",
+    "load_model",
+    "recall_curve",
+    "train",
+]

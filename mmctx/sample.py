@@ -23,6 +23,7 @@ class Sample:
         image: its picture.
         audio: its clip.
         segments: token ids or media, in reading order.
+        learned: for each segment, whether causal objectives predict its tokens; None for all of them. Media are never predicted.
     """
 
     key: str
@@ -32,6 +33,7 @@ class Sample:
     image: MediaItem | None = None
     audio: MediaItem | None = None
     segments: tuple[np.ndarray | MediaItem, ...] | None = None
+    learned: tuple[bool, ...] | None = None
 
     @property
     def num_bytes(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -85,6 +86,13 @@ class TextTokenizer:
         return np.asarray(
             self.hf(text, add_special_tokens=False, split_special_tokens=True)["input_ids"], dtype=np.int64
         )
+
+    def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """What `encode` makes of each text, in one call: documents may have thousands of segments."""
+        if not texts:
+            return []
+        found = self.hf(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return [np.asarray(ids, dtype=np.int64) for ids in found]
 
     def decode(self, ids: list[int] | np.ndarray) -> str:
         """Text of `ids`, special tokens left out."""

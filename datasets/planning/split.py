@@ -78,7 +78,7 @@ def split_sample(sample: Sample, policy: LongDocuments, context_length: int) -> 
     parts = cut(lengths, [isinstance(part, MediaItem) for part in segments], room)
     if policy == "truncate":
         parts = parts[:1]
-    return [replace(sample, texts=(), segments=tuple(_piece(segments, piece) for piece in part)) for part in parts]
+    return [_part(sample, segments, part) for part in parts]
 
 
 def is_plain_text(sample: Sample) -> bool:
@@ -91,6 +91,11 @@ def _truncate_texts(sample: Sample, room: int) -> Sample:
     media = max((item.num_tokens for item in (sample.image, sample.audio) if item is not None), default=0)
     texts = tuple(None if text is None else text[: max(room - media, 0)] for text in sample.texts)
     return replace(sample, texts=texts)
+
+
+def _part(sample: Sample, segments: Sequence[np.ndarray | MediaItem], part: Sequence[Piece]) -> Sample:
+    learned = None if sample.learned is None else tuple(sample.learned[piece.segment] for piece in part)
+    return replace(sample, texts=(), segments=tuple(_piece(segments, piece) for piece in part), learned=learned)
 
 
 def _piece(segments: Sequence[np.ndarray | MediaItem], piece: Piece) -> np.ndarray | MediaItem:

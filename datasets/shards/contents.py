@@ -67,10 +67,12 @@ class Segment(NamedTuple):
     Attributes:
         kind: ``text``, ``image`` or ``audio``.
         value: the text itself, or the extension of the member that holds the media.
+        learned: causal objectives predict the tokens of this text; False where it is only read.
     """
 
     kind: str
     value: str
+    learned: bool = True
 
 
 def check_texts(texts: Sequence[str]) -> tuple[str, ...]:
@@ -123,7 +125,7 @@ def parse_segments(document: Any) -> list[Segment] | None:
         raise SampleError("bad_json", f"segments should be a list, found {type(entries).__name__}")
     segments = []
     for number, entry in enumerate(entries):
-        kinds = sorted(entry) if isinstance(entry, dict) else [type(entry).__name__]
+        kinds = sorted(set(entry) - {"loss"}) if isinstance(entry, dict) else [type(entry).__name__]
         if len(kinds) != 1 or kinds[0] not in ("text", "image", "audio") or not isinstance(entry, dict):
             raise SampleError(
                 "bad_json", f"segment {number} should have one key: text, image or audio; found {', '.join(kinds)}"
@@ -131,7 +133,13 @@ def parse_segments(document: Any) -> list[Segment] | None:
         kind, value = kinds[0], entry[kinds[0]]
         if not isinstance(value, str):
             raise SampleError("bad_json", f"segment {number}: {kind} should be a string, found {type(value).__name__}")
-        segments.append(Segment(kind, value if kind == "text" else value.lower()))
+        learned = entry.get("loss", True)
+        if not isinstance(learned, bool) or (kind != "text" and "loss" in entry):
+            raise SampleError(
+                "bad_json",
+                f"segment {number}: loss is true or false and belongs to a text, found {learned!r} on {kind}",
+            )
+        segments.append(Segment(kind, value if kind == "text" else value.lower(), learned))
     if not any(segment.kind != "text" or segment.value.strip() for segment in segments):
         raise SampleError("empty", f"{len(segments)} segments hold neither text nor media")
     return segments

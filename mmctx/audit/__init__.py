@@ -68,7 +68,10 @@ def audit_batch(
     report = AuditReport(documents=len(owned.lengths), tokens=owned.num_tokens)
     if documents is not None:
         _check_packing(report, batch, documents, owned)
-        if batch.num_tokens != owned.num_tokens:
+        if not owned.fits(batch):
+            report.notes.append(
+                "the batch has not the parts that its documents have, so that the model was not run on it"
+            )
             return report
     with left_as_it_was(model, device):
         for mode in modes:

@@ -117,6 +117,14 @@ class Ownership:
         """T."""
         return sum(self.lengths)
 
+    def fits(self, batch: PackedBatch) -> bool:
+        """Whether a batch has as many tokens, embeddings and items, wherever they lie."""
+        pooled = {name: len(places) for name, places in batch.pooled.items()}
+        items = {kind: len(media.num_tokens) for kind, media in batch.media.items()}
+        own = {kind: len(self.holders(kind)) for kind in MODALITIES if self.holders(kind)}
+        views = {name: len(owners) for name, owners in self.pooled.items()}
+        return batch.num_tokens == self.num_tokens and pooled == views and items == own
+
     def document_of(self, device: torch.device) -> Tensor:
         """(T,) int64: the document of each position."""
         lengths = torch.tensor(self.lengths)

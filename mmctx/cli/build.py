@@ -222,6 +222,26 @@ def gimp(
 
 
 @app.command()
+def recall(
+    out: Out,
+    length: Annotated[list[int] | None, typer.Option(help="Tokens of a document; may be repeated.")] = None,
+    tokens: Annotated[int, typer.Option(help="Training tokens of each length.")] = 1 << 18,
+    heldout_tokens: Annotated[int, typer.Option(help="Held-out tokens of each length.")] = 1 << 15,
+    picture_tokens: Annotated[int, typer.Option(help="Embeddings that the model makes of a picture.")] = 1,
+    seed: Annotated[int, typer.Option(help="All documents are drawn from it.")] = 0,
+    per_shard: PerShard = 1000,
+    shard_mb: ShardMb = 256,
+    workers: Workers = None,
+    as_json: Json = False,
+) -> None:
+    """Synthetic documents of facts and questions, in text and pictures, that prove recall at exact lengths; with a tokenizer."""
+    from mmctx.datasets.build.recall import LENGTHS, build_recall
+
+    sizes = {"tokens": tokens, "heldout_tokens": heldout_tokens, "picture_tokens": picture_tokens, "seed": seed}
+    run(build_recall, as_json, (0.0, per_shard, shard_mb, workers), out=out, lengths=length or LENGTHS, **sizes)
+
+
+@app.command()
 def fsdd(
     out: Out,
     source: Annotated[Path, typer.Argument(help="fsdd.tar.gz, or the folder it unpacks to.")],

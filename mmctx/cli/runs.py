@@ -114,7 +114,19 @@ def _summary(answer: dict[str, Any]) -> str:
     results = dict(answer.get("results", {}))
     if "caption" in results:
         results["caption"] = {name: value for name, value in results["caption"].items() if name != "examples"}
+    if results.get("recall"):
+        results["recall"] = _recall_summary(results["recall"])
     return table({key: value for key, value in answer.items() if key != "results"} | results)
+
+
+def _recall_summary(recall: dict[str, Any]) -> dict[str, Any]:
+    """Share of exact answers by length, of this checkpoint and after each stage; `--json` and the report have the rest."""
+    now = {f"{int(length):,} tokens": scores["all"]["exact"] for length, scores in recall["lengths"].items()}
+    stages = {
+        stage["label"]: ", ".join(f"{scores['exact']:.3f} at {int(n):,}" for n, scores in stage["lengths"].items())
+        for stage in recall.get("stages", ())
+    }
+    return now | stages
 
 
 def _doctor_table(answer: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from mmctx.errors import MmctxError
 from mmctx.eval.batch_drawing import count_batch, draw_batch
 from mmctx.eval.report_examples import load_examples
 from mmctx.eval.report_plots import line_chart, short_number
+from mmctx.eval.report_recall import recall_section
 from mmctx.jsonl import read_lines
 from mmctx.pack import MODALITIES, PackedBatch
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:  # only the command line and the API import the training side
 
 _LAST_LINES = 3
 _SKIPS_SHOWN = 3
-_KNOWN_PARTS = ("loss", "retrieval", "caption", "masked_lm", "skipped")
+_KNOWN_PARTS = ("loss", "retrieval", "caption", "masked_lm", "recall", "skipped")
 _RECALL = re.compile(r"R@(\d+)")
 
 # Columns of metrics.jsonl that are drawn below the losses.
@@ -90,6 +91,7 @@ def write_report(
         retrieval=_retrieval_table(results.get("retrieval", {})),
         captions=_caption_table(results.get("caption", {})),
         masked_lm=results.get("masked_lm"),
+        recall=recall_section(results.get("recall", {})),
         loss=results.get("loss"),
         skipped=results.get("skipped"),
         other={name: part for name, part in results.items() if isinstance(part, dict) and name not in _KNOWN_PARTS},

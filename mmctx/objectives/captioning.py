@@ -1,7 +1,8 @@
 """Captioning and plain causal language modelling: `-sum log P(next token | everything before it in the document)`.
 
 A picture with a caption becomes `[picture] caption <eos>`, a clip with a transcript `[clip] transcript <eos>`, an interleaved document
-its segments in reading order. Only text is predicted, media never.
+its segments in reading order. Only text is predicted, media never; text of an interleaved document that
+says `"loss": false` is read, not predicted.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from mmctx.objectives.base import (
     token_counts,
 )
 from mmctx.objectives.linear_cross_entropy import linear_cross_entropy
-from mmctx.pack import Document, PackedBatch
+from mmctx.pack import IGNORE_INDEX, Document, MediaItem, PackedBatch
 from mmctx.sample import Sample, SampleSizes
 from mmctx.tokenizer import TextTokenizer
 
@@ -54,7 +55,7 @@ class Captioning:
         return np.where(sizes.interleaved[:, None], np.stack([whole, np.zeros_like(whole)], axis=1), captions)
 
     def labels(self, sizes: SampleSizes) -> np.ndarray:
-        """(n,): every text token and the end of each document."""
+        """(n,): every text token and the end of each document; texts without a loss count, too: the index does not tell them apart."""
         column = np.where(sizes.interleaved, sizes.text_tokens[:, 0], text_column(sizes, self.config.text))
         return (self.lengths(sizes) > 0).sum(axis=1) * (np.maximum(column, 0) + 1)
 
@@ -76,7 +77,16 @@ class Captioning:
         placeholders = self.tokenizer.placeholder_ids
         input_ids, media = lay_out([*segments, ids(self.tokenizer.eos_id)], placeholders)
         labels = next_token_labels(input_ids, placeholders)
+        if sample.learned is not None:
+            labels[:-1][~_is_learned(sample, segments)[1:]] = IGNORE_INDEX
         return Document(self.name, input_ids, labels, causal=True, media=media, key=sample.key)
+
+
+def _is_learned(sample: Sample, segments: list) -> np.ndarray:
+    """(L,) bool: tokens that may be predicted. The end of the document goes with its last segment."""
+    assert sample.learned is not None
+    lengths = [part.num_tokens if isinstance(part, MediaItem) else len(part) for part in segments]
+    return np.repeat([*sample.learned, sample.learned[-1]], [*lengths, 1])
 
 
 class TokenLoss(nn.Module):

@@ -219,6 +219,14 @@ def test_batch_that_is_packed_wrongly(run, name: str) -> None:
     assert any(perturbation != "packing" for perturbation, _ in leaking(report)) == model_shows
 
 
+def test_batch_that_lacks_a_part(run) -> None:
+    model, documents, batch = run
+    pooled = {name: places[1:] for name, places in batch.pooled.items()}
+    report = audit_batch(model, replace(batch, pooled=pooled), documents, modes=[PLAIN])
+    assert leaking(report) == {("packing", "pooled")}
+    assert "not run" in report.notes[0]
+
+
 def test_a_check_that_cannot_fail_is_reported(run, monkeypatch: pytest.MonkeyPatch) -> None:
     model, documents, batch = run
     nothing = audit_batch(model, batch, documents, modes=[plant(monkeypatch, planted.sees_nothing)])

@@ -234,3 +234,30 @@ def test_blank_segments_are_left_out(tokenizer):
     sample = decode(RawSample("k", "x.tar", {"json": json.dumps({"segments": segments}).encode()}), tokenizer)
     assert sample.segments is not None
     assert len(sample.segments) == 1
+
+
+def test_texts_without_a_loss_are_marked_and_blank_ones_shift_nothing(tokenizer):
+    segments = [
+        {"text": "", "loss": False},
+        {"text": "a caption", "loss": False},
+        {"image": "0.png"},
+        {"text": "of"},
+        {"image": "0.png"},
+    ]
+    members = {"json": json.dumps({"segments": segments}).encode(), "0.png": encode_image(PIXELS, "PNG")}
+    sample = decode(RawSample("k", "x.tar", members), tokenizer)
+    assert sample.segments is not None
+    assert sample.learned == (False, True, True, True)
+    assert len(sample.segments) == 4
+    assert sample.segments[1] is sample.segments[3]  # one picture, shown twice, is encoded once
+    members["json"] = members["json"].replace(b"false", b"true")
+    assert decode(RawSample("k", "x.tar", members), tokenizer).learned is None
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"text": "a", "loss": 0}, {"text": "a", "loss": None}, {"image": "0.png", "loss": False}]
+)
+def test_a_loss_that_is_no_truth_value_or_of_a_picture_is_refused(tokenizer, wrong):
+    members = {"json": json.dumps({"segments": [{"text": "b"}, wrong]}).encode(), "0.png": encode_image(PIXELS, "PNG")}
+    with pytest.raises(SampleError, match="segment 1: loss is true or false and belongs to a text"):
+        decode(RawSample("k", "x.tar", members), tokenizer)

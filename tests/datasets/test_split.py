@@ -294,3 +294,12 @@ def test_segments_that_take_no_place_shift_nothing(
         made = data.dataset.documents(0, sample_id, 0, part)
         assert sizes_of(made, table.preprocessors.frames_per_token) == sizes
         assert len(made[0].input_ids) <= 17
+
+
+@pytest.mark.parametrize("policy", ["truncate", "split"])
+def test_parts_know_which_texts_are_learned(policy) -> None:
+    segments = (np.arange(FIRST, FIRST + 7), media_item(2), np.arange(FIRST, FIRST + 4))
+    sample = Sample(key="k", source="s", uid=0, segments=segments, learned=(False, True, True))
+    parts = split_sample(sample, policy, 5 + ENDING)
+    assert [part.learned for part in parts] == [(False,), (False, True), (True,)][: 1 if policy == "truncate" else 3]
+    assert all(len(part.learned or ()) == len(part.segments or ()) for part in parts)

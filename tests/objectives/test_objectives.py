@@ -13,9 +13,10 @@ from mmctx.config import build_config
 from mmctx.datasets.assemble import RunData, build_data
 from mmctx.errors import ConfigError
 from mmctx.objectives.base import next_token_labels
+from mmctx.objectives.captioning import Captioning, CaptioningConfig
 from mmctx.objectives.masked_lm import MaskedLM, MaskedLMConfig
 from mmctx.objectives.similarity import SimilarityConfig, SimilarityLoss
-from mmctx.pack import IGNORE_INDEX, Document, pack_documents
+from mmctx.pack import IGNORE_INDEX, Document, MediaItem, pack_documents
 from mmctx.sample import Sample
 from mmctx.tokenizer import TextTokenizer
 from mmctx.train.config import RunConfig
@@ -244,3 +245,20 @@ def test_scale_is_capped(tokenizer: TextTokenizer) -> None:
         loss.logit_scale.fill_(np.log(10.0))
         exact = loss(hidden, batch, torch.zeros(1, 8)).total
     torch.testing.assert_close(capped, exact)
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_texts_without_a_loss_are_read_and_not_predicted(tokenizer: TextTokenizer, last: bool) -> None:
+    picture = MediaItem("image", torch.zeros(3, 2, 2, dtype=torch.uint8), 2)
+    words = tokenizer.word_ids
+    segments = (words[:3], picture, words[3:5], words[5:6], words[6:8])
+    sample = Sample(key="k", source="s", uid=0, segments=segments, learned=(False, True, True, False, last))
+    (document,) = Captioning("c", CaptioningConfig(), tokenizer).documents(sample, np.random.default_rng(0))
+    assert len(document.input_ids) == 11
+    predicted = np.flatnonzero(document.labels != IGNORE_INDEX)
+    assert predicted.tolist() == [
+        4,
+        5,
+        *([7, 8, 9] if last else []),
+    ]  # one before each token of the texts that are learned, and the end
+    np.testing.assert_array_equal(document.labels[predicted], document.input_ids[predicted + 1])
