@@ -23,14 +23,12 @@ def estimate_memory(config: RunConfig, batch: PackedBatch, vocab_size: int) -> d
 
     The step is a later one: AdamW's moments exist, and gradients too if the process takes several bins a step. The batches of a step and
     of the one before it are counted as large as this one. Not counted are the libraries themselves, what kernels allocate inside, data
-    loaders, and DDP's buckets, which take the gradients' size once more. With sequence parallel the batch is the first process's part.
+    loaders, and DDP's buckets, which take the gradients' size once more. With sequence parallel, activations are those of the first process's part.
 
     Returns:
         `weights`, `gradients`, `optimizer`, `batches`, then activations by the module that they belong to (`image`, `audio`, `trunk`,
         `objectives`, `embedding`), `total`, and `peak_at`.
     """
-    if (size := config.train.sequence_parallel) > 1:
-        batch = shard_batch(batch, 0, size, group=None)
     shape = config.model_copy(update={"model": without_pretrained(config.model)})
     trace = StorageTrace()
     with torch.device("meta"):
@@ -48,7 +46,8 @@ def estimate_memory(config: RunConfig, batch: PackedBatch, vocab_size: int) -> d
                 parameter.grad = torch.empty_like(parameter)
                 trace.count(parameter.grad, "gradients")
         trace.part, trace.place = "embedding", "forward"
-        losses = model(batches[0])
+        size = config.train.sequence_parallel
+        losses = model(shard_batch(batch, 0, size, group=None).to("meta") if size > 1 else batches[0])
         total = torch.stack([loss.total for loss in losses.values()]).sum()
         del losses
         trace.place = "backward"

@@ -33,16 +33,22 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_kv_heads": 3,
         "head_dim": 4,
         "dropout": 0.1,
-        "checkpoint_activations": True,
     },
 }
 """Changes of the tiny trunk, by name. With 3 key heads neither 2 nor 4 ranks divide them, nor they the ranks."""
+
+ACTIVATIONS = {
+    "two key heads": {"checkpoint": "selective", "mlp_tile": 16},
+    "twelve heads on three, recomputed": {"checkpoint": "full"},
+}
+"""How their activations are kept, if not all."""
 
 
 def build(tree: dict[str, Any], model: str, device: str) -> tuple[MmctxModel, RunData]:
     """The model, in training mode, and the data."""
     tree = json.loads(json.dumps(tree))
     tree["model"]["transformer"] |= {"dropout": 0.0} | MODELS[model]
+    tree["train"]["activations"] = ACTIVATIONS.get(model, {})
     config = build_config(RunConfig, tree, "tree")
     data = build_data(config.data, config.data.sources, config.model, config.objectives, seed=0)
     return build_model(config, len(data.tokenizer)).to(device).train(), data
