@@ -161,7 +161,8 @@ class StepSampler(Sampler[Bin]):
             fitting = [count for count in range(1, bins + 1) if bins % count == 0]
             raise ConfigError(
                 f"data.bins_per_step={bins} cannot be shared out evenly among {world_size} processes; start "
-                f"{' or '.join(map(str, fitting))} of them, or set data.bins_per_step={-(-bins // world_size) * world_size}"
+                f"{' or '.join(map(str, fitting))} of them, or set data.bins_per_step={-(-bins // world_size) * world_size}; "
+                "the processes of a sequence parallel group count as one"
             )
         self.plan, self.first_step, self.last_step = plan, first_step, last_step
         self.rank, self.world_size = rank, world_size

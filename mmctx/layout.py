@@ -6,12 +6,14 @@ Shapes: T tokens, N documents.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from mmctx.parallel.exchange import TokenShards
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,12 +27,14 @@ class DocumentLayout:
         cu_seqlens: (N+1,) int32, cumulative lengths starting at 0.
         lengths: the N document lengths on the host, each at least 1.
         num_causal: the first `num_causal` documents attend causally, the rest in both directions.
+        shards: with sequence parallel, how the tokens lie on several ranks; None where all of them are here.
         cache: scratch of the attention backends for things derived from the lengths (bucket indices), shared by all layers of one step.
     """
 
     cu_seqlens: Tensor
     lengths: tuple[int, ...]
     num_causal: int
+    shards: TokenShards | None = None
     cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -69,4 +73,4 @@ class DocumentLayout:
 
     def with_tensors(self, change: Callable[[Tensor], Tensor]) -> DocumentLayout:
         """The same layout with its tensors moved or pinned by `change`; caches do not come along."""
-        return DocumentLayout(cu_seqlens=change(self.cu_seqlens), lengths=self.lengths, num_causal=self.num_causal)
+        return replace(self, cu_seqlens=change(self.cu_seqlens), cache={})

@@ -18,7 +18,7 @@ from mmctx.kv_cache import KVCache
 from mmctx.layout import DocumentLayout
 from mmctx.objectives import AnyObjective, LossSum, build_model_halves
 from mmctx.objectives.captioning import TokenLoss
-from mmctx.pack import MediaBatch, PackedBatch
+from mmctx.pack import PackedBatch
 from mmctx.transformer import Transformer, TransformerConfig
 
 ENCODERS: dict[str, type[nn.Module]] = {"image": ImageEncoder, "audio": AudioEncoder}
@@ -87,14 +87,18 @@ class MmctxModel(nn.Module):
             )
         for kind, encoder in self.encoders.items():
             media = batch.media.get(kind)
+            if media is None and not self.training:
+                continue
+            # Other ranks may have some: an encoder that sat out here would leave their gradient reduction hanging. Alone, too, so that
+            # the optimizer sees zeros rather than no gradient, whatever the number of ranks.
+            idle = media is None or not media.num_tokens
+            rows = encoder(encoder.empty_batch(embeddings.device) if idle else media).to(embeddings.dtype)  # type: ignore[operator]
+            if idle:
+                embeddings, rows = embeddings + rows.sum() * 0, rows[:0]
             if media is not None:
-                rows = encoder(media).to(embeddings.dtype)  # (R, D)
-                embeddings = embeddings.index_copy(0, media.slots, rows.index_select(0, media.rows))
-            elif self.training:
-                # Other ranks may have some: an encoder that sat out here would leave their gradient reduction hanging. Alone, too, so that
-                # the optimizer sees zeros rather than no gradient, whatever the number of ranks.
-                nothing: MediaBatch = encoder.empty_batch(embeddings.device)  # type: ignore[operator]
-                embeddings = embeddings + encoder(nothing).sum().to(embeddings.dtype) * 0
+                rows = rows.index_select(0, media.rows)  # (S, D)
+                rows = rows if media.exchange is None else media.exchange(rows)
+                embeddings = embeddings.index_copy(0, media.slots, rows)
         return embeddings
 
     def encode(self, batch: PackedBatch) -> Tensor:
@@ -104,6 +108,8 @@ class MmctxModel(nn.Module):
     def forward(self, batch: PackedBatch) -> dict[str, LossSum]:
         """Each objective's loss sum and count over the batch."""
         hidden = self.encode(batch)
+        if batch.lent is not None:
+            hidden = batch.lent.append(hidden)
         return {name: objective(hidden, batch, self.head_weight) for name, objective in self.objectives.items()}
 
     def next_token_logits(self, hidden: Tensor) -> Tensor:

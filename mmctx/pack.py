@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from mmctx.errors import DataError
 from mmctx.layout import DocumentLayout
+from mmctx.parallel.exchange import LentRows, RowExchange
 
 IGNORE_INDEX = -100
 
@@ -75,6 +77,7 @@ class MediaBatch:
         num_tokens: embeddings that each item becomes, on the host.
         slots: (S,) int64 positions in the flat sequence.
         rows: (S,) int64 rows of the encoder's output that fill them, in the order of `slots`.
+        exchange: with sequence parallel, how `rows` of this rank's items, of which there may be none, become those of its slots.
     """
 
     values: Tensor
@@ -82,6 +85,7 @@ class MediaBatch:
     num_tokens: tuple[int, ...]
     slots: Tensor
     rows: Tensor
+    exchange: RowExchange | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +117,7 @@ class PackedBatch:
         skips: samples that the plan named and that could not be used.
         left_out: samples that the plan drew and left out, because the index or their sizes rule them out.
         num_samples: samples (or parts of samples that were split) that the documents were made from.
+        lent: with sequence parallel, the hidden states that one rank reads for all of them; `pooled` then counts on behind its tokens.
     """
 
     input_ids: Tensor
@@ -128,10 +133,11 @@ class PackedBatch:
     skips: tuple[Skip, ...] = ()
     left_out: tuple[Skip, ...] = ()
     num_samples: int = 0
+    lent: LentRows | None = None
 
     @property
     def num_tokens(self) -> int:
-        """T."""
+        """T, of a part the tokens in it."""
         return self.input_ids.shape[0]
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
@@ -155,6 +161,7 @@ class PackedBatch:
                 kind: replace(m, values=change(m.values), slots=change(m.slots), rows=change(m.rows))
                 for kind, m in self.media.items()
             },
+            lent=self.lent and replace(self.lent, positions=change(self.lent.positions)),
         )
 
 
@@ -230,7 +237,7 @@ def _label_positions(documents: Sequence[Document], starts: np.ndarray) -> dict[
     return {name: torch.from_numpy(np.concatenate(parts)).long() for name, parts in found.items()}
 
 
-def _views(documents: Sequence[Document], starts: np.ndarray) -> dict[str, dict]:
+def _views(documents: Sequence[Document], starts: np.ndarray) -> dict[str, Any]:
     pooled: dict[str, list[int]] = {}
     pairs: dict[str, list[int]] = {}
     for document, start in zip(documents, starts, strict=True):

@@ -17,12 +17,12 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mmctx.activations import KEEP_ALL, ActivationsConfig, in_tiles, recompute
-from mmctx.attention import attention
 from mmctx.compiling import run
 from mmctx.config import StrictModel
 from mmctx.kv_cache import KVCache
 from mmctx.layout import DocumentLayout
 from mmctx.offload import HostOffload
+from mmctx.parallel.ulysses import sequence_attention
 from mmctx.rope import RopeConfig, Rotary, rotate
 
 
@@ -114,7 +114,7 @@ class Attention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: DocumentLayout, cache: KVCache | None) -> Tensor:
         """What the tokens of a document tell each other: (T, H, d)."""
         if cache is None:
-            return attention(q, k, v, layout, window=self.window, backend=self.backend)
+            return sequence_attention(q, k, v, layout, window=self.window, backend=self.backend)
         return cache.attend(self.layer, q, k, v, layout, window=self.window, backend=self.backend)
 
 

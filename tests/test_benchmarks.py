@@ -1,4 +1,4 @@
-"""Every benchmark of the data path runs at tiny size and reports what it promises. Times are not looked at."""
+"""Benchmarks of the data path and of sequence parallel run at tiny size and report what they promise. Times are not looked at."""
 
 from __future__ import annotations
 
@@ -96,3 +96,11 @@ def test_long_document():
         assert point["losses"][2] < point["losses"][0]
         assert point["pictures"] >= 2
         assert point["clips"] >= 1
+
+
+def test_sequence_parallel():
+    result = run("sequence_parallel.py")
+    assert result["loss_error"] < 1e-6
+    assert result["gradient_error"] < 1e-5
+    assert max(result["kept"]["ranks"]) < 0.75 * result["kept"]["one process"]
+    assert set(result["faster_than"]) == {"one process, one thread", "one process, two threads"}

@@ -41,6 +41,7 @@ FREE_TO_CHANGE = (
     "train.num_threads",
     "train.activations",
     "train.compile",
+    "train.sequence_parallel",
     "data",
     "schedule",
     "model.transformer.attention",

@@ -82,6 +82,8 @@ class TrainConfig(StrictModel):
     """Write TensorBoard events beside metrics.jsonl."""
     num_threads: int | None = None
     """CPU threads of torch; null leaves torch's choice."""
+    sequence_parallel: int = Field(default=1, ge=1)
+    """Processes that share each bin, token by token; it must divide the transformer's `num_heads` and the number of processes."""
 
 
 class RunConfig(StrictModel):
@@ -107,6 +109,13 @@ class RunConfig(StrictModel):
         for name in self.objectives:
             if not re.fullmatch(r"\w+", name) or hasattr(nn.ModuleDict, name):
                 raise ValueError(f"objectives: {name!r} cannot name an objective; use letters, digits and underscores")
+        heads, ranks = self.model.transformer.num_heads, self.train.sequence_parallel
+        if heads % ranks:
+            fitting = [count for count in range(1, heads + 1) if heads % count == 0]
+            raise ValueError(
+                f"train.sequence_parallel={ranks} must divide model.transformer.num_heads={heads}, which are shared out over the ranks; "
+                f"use one of {', '.join(map(str, fitting))}"
+            )
         for where, sources in (("data", self.data.sources), ("eval", self.eval.sources)):
             for name, source in sources.items():
                 for objective in source.objectives:

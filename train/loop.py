@@ -23,6 +23,7 @@ from mmctx.fingerprint import as_signed, bin_fingerprint, combine, show
 from mmctx.model import MmctxModel
 from mmctx.objectives import LossSum
 from mmctx.pack import PackedBatch
+from mmctx.parallel.mesh import Mesh, build_mesh
 from mmctx.train.audit import audit_before_training
 from mmctx.train.build import build_model
 from mmctx.train.checkpoint import (
@@ -99,18 +100,20 @@ def train(config: RunConfig) -> TrainResult:
 
 def _sit_down(config: RunConfig, accelerator: Accelerator) -> Sitting:
     """Data, model and optimizer, as the newest checkpoint left them."""
+    size = config.train.sequence_parallel
+    mesh = build_mesh(accelerator.device.type, accelerator.process_index, accelerator.num_processes, size)
     run_dir = Path(config.run.dir) / config.run.name
     run_dir.mkdir(parents=True, exist_ok=True)
     checkpoints = list_checkpoints(run_dir)
     step = read_state(checkpoints[-1]).step if checkpoints else 0
     with accelerator.main_process_first():  # the others find the indexes that the first one wrote
         progress = announce_indexing(enabled=accelerator.is_main_process)
-        course = build_course(config, step, accelerator.num_processes, progress)
+        course = build_course(config, step, mesh.data_size, progress)
     shape = config.model_copy(update={"model": without_pretrained(config.model)}) if checkpoints else config
     model = build_model(shape, len(next(iter(course.values())).tokenizer))
     optimizer = build_optimizer(model, config.train.optimizer)
     state = resume(run_dir, config, model, optimizer)
-    return Sitting(config, accelerator, run_dir, course, model, optimizer, state)
+    return Sitting(config, accelerator, mesh, run_dir, course, model, optimizer, state)
 
 
 class Sitting:
@@ -120,13 +123,14 @@ class Sitting:
         self,
         config: RunConfig,
         accelerator: Accelerator,
+        mesh: Mesh,
         run_dir: Path,
         course: dict[int, RunData],
         model: MmctxModel,
         optimizer: torch.optim.Optimizer,
         state: TrainerState | None,
     ) -> None:
-        self.config, self.accelerator, self.run_dir, self.course = config, accelerator, run_dir, course
+        self.config, self.accelerator, self.mesh, self.run_dir, self.course = config, accelerator, mesh, run_dir, course
         self.state = state or TrainerState(planned_steps=config.steps)
         self.stages, self.steps = config.stages, config.steps
         self.raw_model = model
@@ -202,17 +206,14 @@ class Sitting:
         return step % train.log_every == 0 or step % train.save_every == 0 or step == self.stage.stop
 
     def _batches(self) -> Iterator[PackedBatch]:
-        accelerator = self.accelerator
-        sampler = StepSampler(
-            self.plan, self.state.step, self.stage.stop, accelerator.process_index, accelerator.num_processes
-        )
+        sampler = StepSampler(self.plan, self.state.step, self.stage.stop, self.mesh.data_rank, self.mesh.data_size)
         return iter(make_loader(self.data.dataset, sampler, self.stage.config.data))
 
     def _step(self, batches: Iterator[PackedBatch], interval: Interval) -> None:
         """One optimizer step over this rank's bins of the global batch."""
-        accelerator, step = self.accelerator, self.state.step
+        accelerator, mesh, step = self.accelerator, self.mesh, self.state.step
         waited = time.perf_counter()
-        mine = share_out(self.plan.step(step), accelerator.process_index, accelerator.num_processes)
+        mine = share_out(self.plan.step(step), mesh.data_rank, mesh.data_size)
         micro_batches = [next(batches) for _ in mine]
         interval.data_wait += time.perf_counter() - waited
         train = self.config.train
@@ -222,10 +223,11 @@ class Sitting:
         counts = self._global_counts(micro_batches)
         for number, ((bin_number, _), batch) in enumerate(zip(mine, micro_batches, strict=True)):
             # Dropout is a function of (seed, step, bin): no generator state to save, and no dependence on ranks.
-            torch.manual_seed(derive_key(self.config.train.seed, "dropout", step, bin_number) >> 1)
+            key = derive_key(self.config.train.seed, "dropout", step, bin_number, *mesh.dropout_key)
+            torch.manual_seed(key >> 1)
             last = number == len(micro_batches) - 1
             with nullcontext() if last else accelerator.no_sync(self.model):
-                losses: dict[str, LossSum] = self.model(batch.to(accelerator.device))
+                losses: dict[str, LossSum] = self.model(mesh.shard(batch).to(accelerator.device))
                 accelerator.backward(self._combine(losses, counts))
             for name, loss in losses.items():
                 interval.totals[name] = interval.totals.get(name, 0) + loss.total.detach()
@@ -250,7 +252,7 @@ class Sitting:
         counts = {name: sum(head.count(batch) for batch in micro_batches) for name, head in heads.items()}  # type: ignore[operator]
         if self.accelerator.num_processes == 1:
             return counts
-        local = torch.tensor(list(counts.values())).to(self.accelerator.device, non_blocking=True)
+        local = torch.tensor(self.mesh.once(list(counts.values()))).to(self.accelerator.device, non_blocking=True)
         return dict(zip(counts, self.accelerator.reduce(local, reduction="sum").unbind(), strict=True))  # type: ignore[union-attr]
 
     def _sum_over_ranks(self, numbers: list[int]) -> list[int]:
@@ -261,7 +263,8 @@ class Sitting:
 
     def _count(self, micro_batches: list[PackedBatch], counts: Mapping[str, int | Tensor], interval: Interval) -> None:
         interval.add(micro_batches, counts)
-        self.ledger.record(micro_batches, self.state.step + 1)
+        if self.mesh.sequence_rank == 0:
+            self.ledger.record(micro_batches, self.state.step + 1)
         if any(batch.skips for batch in micro_batches) and self.accelerator.num_processes == 1:
             # Several ranks know their sums only when they log.
             skipped = self.state.skipped + interval.skips.total()
@@ -270,10 +273,9 @@ class Sitting:
     def _log(self, interval: Interval) -> None:
         """Writes one line: the only place where the loop waits for the device."""
         state, config = self.state, self.config
-        mine = combine(bin_fingerprint(number, batch) for number, batch in interval.newest)
-        tokens, samples, bins, fingerprint, *by_reason = self._sum_over_ranks(
-            [interval.tokens, interval.samples, interval.bins, as_signed(mine), *interval.by_reason()]
-        )
+        fingerprint = combine(bin_fingerprint(number, batch) for number, batch in interval.newest)
+        mine = [interval.tokens, interval.samples, interval.bins, as_signed(fingerprint), *interval.by_reason()]
+        tokens, samples, bins, fingerprint, *by_reason = self._sum_over_ranks(self.mesh.once(mine))
         state.tokens += tokens
         state.samples += samples
         interval.add_reasons(by_reason, state.skips, state.left_out)

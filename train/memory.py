@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmctx.model import MmctxModel
 from mmctx.pack import PackedBatch
+from mmctx.parallel.shard import shard_batch
 from mmctx.train.build import build_model
 from mmctx.train.checkpoint import without_pretrained
 from mmctx.train.config import RunConfig
@@ -22,7 +23,8 @@ def estimate_memory(config: RunConfig, batch: PackedBatch, vocab_size: int) -> d
 
     The step is a later one: AdamW's moments exist, and gradients too if the process takes several bins a step. The batches of a step and
     of the one before it are counted as large as this one. Not counted are the libraries themselves, what kernels allocate inside, data
-    loaders, and DDP's buckets, which take the gradients' size once more.
+    loaders, and DDP's buckets, which take the gradients' size once more. With sequence parallel, activations are those of the part that the
+    first process of a group computes.
 
     Returns:
         `weights`, `gradients`, `optimizer`, `batches`, then activations by the module that they belong to (`image`, `audio`, `trunk`,
@@ -45,7 +47,8 @@ def estimate_memory(config: RunConfig, batch: PackedBatch, vocab_size: int) -> d
                 parameter.grad = torch.empty_like(parameter)
                 trace.count(parameter.grad, "gradients")
         trace.part, trace.place = "embedding", "forward"
-        losses = model(batches[0])
+        size = config.train.sequence_parallel
+        losses = model(shard_batch(batch, 0, size, group=None).to("meta") if size > 1 else batches[0])
         total = torch.stack([loss.total for loss in losses.values()]).sum()
         del losses
         trace.place = "backward"

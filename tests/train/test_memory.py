@@ -77,6 +77,14 @@ def measure_step(config: RunConfig, batch: PackedBatch, vocab_size: int) -> int:
     return measure_peak(step)
 
 
+def test_with_sequence_parallel_activations_are_the_share_of_one_process(tree: dict[str, Any]) -> None:
+    config, batch, vocab_size = open_run(tree)
+    shared = config.model_copy(update={"train": config.train.model_copy(update={"sequence_parallel": 2})})
+    whole, part = (estimate_memory(c, batch, vocab_size) for c in (config, shared))
+    assert 0.4 * whole["trunk"] < part["trunk"] < 0.7 * whole["trunk"]
+    assert part["weights"] == whole["weights"]
+
+
 def estimated_step(estimate: dict[str, Any]) -> int:
     """The same, by estimate."""
     return estimate["total"] - sum(estimate[part] for part in ("weights", "optimizer", "batches"))
