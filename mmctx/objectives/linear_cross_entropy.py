@@ -5,6 +5,7 @@ Shapes: N labelled tokens, D width, V vocabulary, C rows of a chunk.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from mmctx.pack import IGNORE_INDEX
 
-CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
-"""Logits held at a time, by device: 16 MiB in fp32 stay in a CPU's cache, 256 MiB keep a GPU busy."""
+CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 26}
+"""Logits held at a time, by device. CPU: 32 MiB in fp32, of which a core's share of the cache still holds something; twice as many gain 5%
+of the time, half as many lose 5%, for (V, D) gradients are read and written once a chunk. CUDA: 256 MiB keep it busy."""
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int | None = None) -> Tensor:
@@ -32,8 +34,16 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_s
     if hidden.device.type != "meta" and torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16 and not has_bf16_products():
+        hidden, weight = hidden.float(), weight.float()  # a hundred times faster there, and more exact
     chunk_size = chunk_size or max(1, CHUNK_ELEMENTS.get(hidden.device.type, 1 << 22) // weight.shape[0])
     return _LinearCrossEntropy.apply(hidden, weight, labels, chunk_size)  # type: ignore[no-any-return]
+
+
+@lru_cache
+def has_bf16_products() -> bool:
+    """Whether this processor multiplies bfloat16 matrices: without AVX-512 or its like PyTorch does so element by element."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -44,23 +54,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=precision, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=precision) if need_weight else None
+        shape = min(chunk_size, len(hidden)), len(weight)
+        all_products = hidden.new_empty(
+            shape
+        )  # one buffer for all chunks: new ones would have to be cleared by the system
+        widened = hidden.dtype != precision
+        all_logits = hidden.new_empty(shape, dtype=precision) if widened else all_products
         for start in range(0, len(hidden), chunk_size):
             rows = slice(start, start + chunk_size)
-            h, label = hidden[rows], labels[rows]
-            kept = (label != IGNORE_INDEX)[:, None]  # (C, 1)
-            target = label.clamp(min=0)[:, None]
-            logits = (h @ weight.T).to(precision)  # (C, V)
-            log_norm = logits.logsumexp(dim=-1, keepdim=True)
-            loss += ((log_norm - logits.gather(1, target)) * kept).sum()
-            if grad_hidden is None and grad_weight is None:
-                continue
-            probabilities = logits.sub_(log_norm).exp_()
-            probabilities.scatter_add_(1, target, torch.full_like(log_norm, -1.0))
-            grad_logits = probabilities.mul_(kept).to(h.dtype)  # softmax - onehot
+            h = hidden[rows]
+            products, logits = all_products[: len(h)], all_logits[: len(h)]  # (C, V)
+            torch.mm(h, weight.T, out=products)
+            if widened:
+                logits.copy_(products)
+            loss += _sum_and_gradient(logits, labels[rows])
+            if widened:
+                products.copy_(logits)
             if grad_hidden is not None:
-                torch.mm(grad_logits, weight, out=grad_hidden[rows])
-            if grad_weight is not None:
-                grad_weight += grad_logits.T @ h
+                torch.mm(products, weight, out=grad_hidden[rows])
+            if grad_weight is not None and widened:
+                grad_weight += products.T @ h
+            elif grad_weight is not None:
+                grad_weight.addmm_(products.T, h)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return loss
@@ -76,3 +91,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = (grad_weight * upstream).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None
+
+
+def _sum_and_gradient(logits: Tensor, labels: Tensor) -> Tensor:
+    """The loss of a chunk, summed; `logits` (C, V) become its gradient, softmax - onehot, in place: one exponential and no second chunk."""
+    kept = (labels != IGNORE_INDEX)[:, None].to(logits.dtype)  # (C, 1)
+    target = labels.clamp(min=0)[:, None]
+    largest, aimed_at = logits.amax(dim=-1, keepdim=True), logits.gather(1, target)
+    norm = logits.sub_(largest).exp_().sum(dim=-1, keepdim=True)
+    logits.mul_(kept / norm).scatter_add_(1, target, -kept)
+    return ((norm.log() + largest - aimed_at) * kept).sum()
