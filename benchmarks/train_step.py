@@ -33,7 +33,8 @@ from mmctx.objectives.captioning import CaptioningConfig
 from mmctx.pack import IGNORE_INDEX, Document, pack_documents
 from mmctx.transformer import TransformerConfig
 
-DEPTH, WIDTH, HEADS, MLP_WIDTH, VOCAB = 4, 256, 4, 768, 8192
+SHAPE = TransformerConfig(width=256, depth=4, num_heads=4, mlp_width=768, qk_norm=False)
+VOCAB = 8192
 BARS = {"padded": 4.0, "packed": 2.3, "equal": 0.98}
 """Their seconds over ours."""
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
@@ -41,16 +42,16 @@ LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
 Loss = Callable[[], Tensor]
 
 
-def theirs() -> LlamaForCausalLM:
+def theirs(shape: TransformerConfig) -> LlamaForCausalLM:
     """Transformers' model, random weights."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCAB,
-        hidden_size=WIDTH,
-        intermediate_size=MLP_WIDTH,
-        num_hidden_layers=DEPTH,
-        num_attention_heads=HEADS,
-        max_position_embeddings=2048,
+        hidden_size=shape.width,
+        intermediate_size=shape.mlp_width,
+        num_hidden_layers=shape.depth,
+        num_attention_heads=shape.num_heads,
+        rms_norm_eps=shape.norm_eps,
         tie_word_embeddings=True,
         use_cache=False,
         attn_implementation="sdpa",
@@ -58,19 +59,11 @@ def theirs() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).train()
 
 
-def ours(their_model: LlamaForCausalLM) -> MmctxModel:
-    """Our model with their weights."""
-    trunk = TransformerConfig(
-        width=WIDTH,
-        depth=DEPTH,
-        num_heads=HEADS,
-        mlp_width=MLP_WIDTH,
-        qk_norm=False,
-        norm_eps=their_model.config.rms_norm_eps,
-    )
-    model = MmctxModel(ModelConfig(transformer=trunk), {"captioning": CaptioningConfig()}, VOCAB).train()
+def ours(shape: TransformerConfig, their_model: LlamaForCausalLM) -> MmctxModel:
+    """Our model with their weights, where they are."""
+    model = MmctxModel(ModelConfig(transformer=shape), {"captioning": CaptioningConfig()}, VOCAB).train()
     model.load_state_dict(in_our_names(their_model, lambda parameter: parameter.detach().clone()))
-    return model
+    return model.to(their_model.device)
 
 
 def in_our_names(model: LlamaForCausalLM, value: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
@@ -101,8 +94,8 @@ def documents(lengths: Sequence[int]) -> list[Tensor]:
     return [torch.randint(0, VOCAB, (length,), generator=generator) for length in lengths]
 
 
-def mean_over(texts: list[Tensor]) -> int:
-    """Predictions of a step: every token but the first of each document."""
+def num_predictions(texts: list[Tensor]) -> int:
+    """What the loss is divided by: all predictions, every token but the first of each document."""
     return sum(len(text) - 1 for text in texts)
 
 
@@ -114,7 +107,8 @@ def padded(model: LlamaForCausalLM, texts: list[Tensor]) -> Loss:
     batch = {"input_ids": rows, "labels": rows.masked_fill(~real, IGNORE_INDEX)}
     if not real.all():
         batch["attention_mask"] = real.long()
-    return lambda: model(**batch, num_items_in_batch=mean_over(texts)).loss
+    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    return lambda: model(**batch, num_items_in_batch=num_predictions(texts)).loss
 
 
 def packed(model: LlamaForCausalLM, texts: list[Tensor]) -> Loss:
@@ -122,7 +116,8 @@ def packed(model: LlamaForCausalLM, texts: list[Tensor]) -> Loss:
     labels = torch.cat([torch.cat([torch.tensor([IGNORE_INDEX]), text[1:]]) for text in texts])[None]
     positions = torch.cat([torch.arange(len(text)) for text in texts])[None]
     batch = {"input_ids": torch.cat(texts)[None], "labels": labels, "position_ids": positions}
-    return lambda: model(**batch, num_items_in_batch=mean_over(texts)).loss
+    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    return lambda: model(**batch, num_items_in_batch=num_predictions(texts)).loss
 
 
 def one_by_one(model: LlamaForCausalLM, texts: list[Tensor]) -> Loss:
@@ -131,7 +126,7 @@ def one_by_one(model: LlamaForCausalLM, texts: list[Tensor]) -> Loss:
     def loss() -> Tensor:
         total = torch.zeros((), requires_grad=True)
         for text in texts:
-            part = model(input_ids=text[None], labels=text[None], num_items_in_batch=mean_over(texts)).loss
+            part = model(input_ids=text[None], labels=text[None], num_items_in_batch=num_predictions(texts)).loss
             part.backward()
             total = total + part.detach()
         return total
@@ -143,7 +138,7 @@ def our_loss(model: MmctxModel, texts: list[Tensor]) -> Loss:
     """One packed batch."""
     arrays = [text.numpy() for text in texts]
     made = [Document("captioning", ids, next_token_labels(ids, {}), causal=True) for ids in arrays]
-    batch = pack_documents(made, placeholder_ids={})
+    batch = pack_documents(made, placeholder_ids={}).to(model.embedding.weight.device)
 
     def loss() -> Tensor:
         found = model(batch)["captioning"]
@@ -188,8 +183,8 @@ def step(loss: Loss, optimizer: torch.optim.Optimizer) -> tuple[float, float]:
 
 def race(lengths: Sequence[int], peers: Mapping[str, Callable[..., Loss]], repeats: int) -> dict[str, Any]:
     """Checks and times one set of documents: ratios of the best turns, taken in turns."""
-    their_model = theirs()
-    our_model = ours(their_model)
+    their_model = theirs(SHAPE)
+    our_model = ours(SHAPE, their_model)
     texts = documents(lengths)
     losses = {name: make(their_model, texts) for name, make in peers.items()} | {"ours": our_loss(our_model, texts)}
     differences = check_equal(their_model, our_model, losses)
