@@ -9,8 +9,8 @@
 - ours: `mmctx.objectives.linear_cross_entropy`.
 
 Memory is the peak of a fresh process over what it held before the loss: operands are not counted, gradients are. Time is the best of
-turns in one process. First the loss of every side, and its gradient, are set against float64 on a smaller problem: ours is asserted, the
-others are shown (torch's loss is wrong in bfloat16).
+turns in one process, by the clock and by the processor. First the loss of every side, and its gradient, are set against float64 on a
+smaller problem: ours is asserted, the others are shown (torch's loss is wrong in bfloat16).
 
 Processors without bf16 matrix products (most without AVX-512) make PyTorch multiply element by element, a hundred times slower. There,
 naive is given products by way of float32, as ours does by itself, and torch's own is left out in bfloat16.
@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import interleaved, machine, parse, report, run_peer, timed, versions
+from common import best_in_turns, machine, parse, report, run_peer, versions
 
 sys.path.insert(0, str(Path(__file__).parent / "sides"))
 from cross_entropy_side import SIDES, problem
@@ -83,13 +83,15 @@ def measure(dtype: str, shape: tuple[int, int, int], repeats: int) -> dict[str, 
     names = sides_of(dtype)
     arguments = [dtype, *map(str, shape)]
     peaks = {side: run_peer(Path(sys.executable), SCRIPT, side, *arguments)["peak_mib"] for side in names}
-    times = interleaved({side: timed(run(SIDES[side])) for side in names}, repeats)
-    seconds = {side: min(turns) for side, turns in times.items()}
+    best = best_in_turns({side: run(SIDES[side]) for side in names}, repeats)
     return {
         "peak_mib": {side: round(peak, 1) for side, peak in peaks.items()},
-        "seconds": {side: round(value, 3) for side, value in seconds.items()},
+        "seconds": {side: round(found["clock"], 3) for side, found in best.items()},
         "times_less_memory": {side: round(peaks[side] / peaks["ours"], 2) for side in names if side != "ours"},
-        "time_ratio": {side: round(seconds["ours"] / seconds[side], 3) for side in names if side != "ours"},
+        "time_ratio": {
+            by: {side: round(best["ours"][by] / best[side][by], 3) for side in names if side != "ours"}
+            for by in ("clock", "processor")
+        },
     }
 
 

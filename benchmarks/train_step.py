@@ -16,14 +16,13 @@ that all give one loss (to 1e-5) and one gradient of every matrix (to 1e-4 of it
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from common import machine, parse, report, versions
+from common import best_in_turns, machine, parse, report, versions
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -172,13 +171,11 @@ def check_equal(their_model: LlamaForCausalLM, our_model: MmctxModel, losses: Ma
     return {"loss": loss_difference, "gradient": gradient_difference}
 
 
-def step(loss: Loss, optimizer: torch.optim.Optimizer) -> tuple[float, float]:
-    """Seconds of one step, by the clock and by the processor."""
-    started = time.perf_counter(), time.process_time()
+def step(loss: Loss, optimizer: torch.optim.Optimizer) -> None:
+    """One step of training."""
     loss().backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return time.perf_counter() - started[0], time.process_time() - started[1]
 
 
 def race(lengths: Sequence[int], peers: Mapping[str, Callable[..., Loss]], repeats: int) -> dict[str, Any]:
@@ -194,20 +191,13 @@ def race(lengths: Sequence[int], peers: Mapping[str, Callable[..., Loss]], repea
     sides = {
         name: partial(step, loss, our_optimizer if name == "ours" else their_optimizer) for name, loss in losses.items()
     }
-    turns: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
-    for turn in range(repeats + 1):
-        for name, run in sides.items():
-            seconds = run()
-            if turn:  # the first warms up
-                turns[name].append(seconds)
-    best = {name: [min(column) for column in zip(*found, strict=True)] for name, found in turns.items()}
+    best = best_in_turns(sides, repeats, warm_up=1)
     return {
         "tokens": sum(lengths),
         "differences": differences,
-        "seconds": {name: round(clock, 4) for name, (clock, _) in best.items()},
+        "seconds": {name: round(found["clock"], 4) for name, found in best.items()},
         "times_faster": {
-            by: {name: round(best[name][column] / best["ours"][column], 2) for name in peers}
-            for column, by in enumerate(("clock", "processor"))
+            by: {name: round(best[name][by] / best["ours"][by], 2) for name in peers} for by in ("clock", "processor")
         },
     }
 

@@ -81,6 +81,7 @@ class Trainer:
     ) -> dict[str, Any]:
         """Speed and memory of steps over documents of these lengths."""
         self.model.set_activations(ActivationsConfig(**activations))
+        self.model.set_compiler("inductor" if DEVICE.type == "cuda" else None)
         self.optimizer.zero_grad(set_to_none=True)  # of a step that failed
         batch = self.batch(lengths)
         peak_gib()

@@ -64,6 +64,14 @@ def test_without_gradients_nothing_is_kept() -> None:
     assert not loss.requires_grad
 
 
+def test_second_backward_is_refused() -> None:
+    hidden, weight, labels = problem(torch.float32)
+    loss = linear_cross_entropy(hidden, weight, labels)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="compute the loss anew"):
+        loss.backward()
+
+
 def test_under_autocast_products_run_in_bf16_and_gradients_return_in_fp32() -> None:
     hidden, weight, labels = problem(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
