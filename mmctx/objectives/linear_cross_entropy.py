@@ -55,9 +55,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=precision) if need_weight else None
         shape = min(chunk_size, len(hidden)), len(weight)
-        all_products = hidden.new_empty(
-            shape
-        )  # one buffer for all chunks: new ones would have to be cleared by the system
+        # One buffer for all chunks: each new one would have to be cleared by the system.
+        all_products = hidden.new_empty(shape)
         widened = hidden.dtype != precision
         all_logits = hidden.new_empty(shape, dtype=precision) if widened else all_products
         for start in range(0, len(hidden), chunk_size):
