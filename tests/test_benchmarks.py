@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -43,6 +42,20 @@ def test_tar_read():
     assert result["bars"] == {"image": 6.0, "token": 18.0}
 
 
+def test_train_step():
+    result = run("train_step.py")
+    assert result["bars"] == {"padded": 4.0, "packed": 2.3, "equal": 0.98}
+    assert set(result["uneven"]["seconds"]) == {"padded", "packed", "one by one", "ours"}
+    assert set(result["equal"]["times_faster"]["clock"]) == {"equal"}
+
+
+def test_cross_entropy():
+    result = run("cross_entropy.py")
+    for dtype in ("float32", "bfloat16"):
+        assert {"naive", "ours"} <= set(result[dtype]["seconds"]) == set(result[dtype]["peak_mib"])
+        assert result["errors"][dtype]["ours"]["loss"] < 1e-4
+
+
 def test_image_text_says_why_a_peer_is_left_out(tmp_path):
     """pip is told to look nowhere, so the peers' environments cannot be made."""
     result = run(
@@ -79,43 +92,3 @@ def test_extend_context():
     assert result["positions"] == ["0..31", "32..63", "64..127", "128..255"]
     assert all(7 < loss < 8.5 for losses in result["loss"].values() for loss in losses)  # of 2,368 rows, barely trained
     assert all(0.5 < ratio < 1 for ratio in result["after_over_before"])
-
-
-def test_train_step():
-    result = run("train_step.py")
-    assert result["bars"] == {"padded": 4.0, "packed": 2.3, "equal": 0.98}
-    assert set(result["uneven"]["seconds"]) == {"padded", "packed", "one by one", "ours"}
-    assert set(result["equal"]["times_faster"]["clock"]) == {"equal"}
-
-
-def test_cross_entropy():
-    result = run("cross_entropy.py")
-    for dtype in ("float32", "bfloat16"):
-        assert {"naive", "ours"} <= set(result[dtype]["seconds"]) == set(result[dtype]["peak_mib"])
-        assert result["errors"][dtype]["ours"]["loss"] < 1e-4
-
-
-@pytest.fixture
-def gpu_script(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS / "sides")
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module("gpu")
-
-
-@pytest.mark.parametrize(
-    "section", ["certificate", "crossover", "attention", "training", "longest", "packing", "longest_global"]
-)
-def test_gpu_sections_run_at_toy_size(gpu_script, section, tmp_path):
-    gpu_script.run_here(section, tmp_path / "gpu.jsonl", toy=True)
-    results = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
-    assert results
-    assert not [result for result in results if "error" in result]
-    assert {result["section"] for result in results} == {section}
-
-
-def test_gpu_section_out_of_time_leaves_a_line(gpu_script, monkeypatch, tmp_path):
-    monkeypatch.setitem(gpu_script.BUDGETS, "training", 0.1)
-    gpu_script.run_apart("training", tmp_path, toy=True)
-    (result,) = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
-    assert result["error"] == "stopped after its 0.1 s"
-    assert sum(gpu_script.BUDGETS[name] for name in gpu_script.DEFAULT) < 8 * 60
