@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmctx.activations import recompute
 from mmctx.attention import attention
 from mmctx.encoders.log_mel import AudioEncoderConfig, AudioPreprocessor
 from mmctx.encoders.projector import build_projector
@@ -35,6 +37,9 @@ class AudioEncoder(nn.Module):
         config: sizes of the encoder.
         dim: D, width of the trunk.
         attention_backend: see `mmctx.attention.attention`.
+
+    Attributes:
+        chunk: chunks of sound encoded at a time while training, each group once more in the backward pass; None takes all and keeps all.
     """
 
     positions: Tensor  # (positions of a full chunk, C)
@@ -43,6 +48,7 @@ class AudioEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.attention_backend = attention_backend
+        self.chunk: int | None = None
         num_convs = config.stride.bit_length() - 1
         in_widths = [config.num_mels] + [config.width] * (num_convs - 1)
         self.convs = nn.ModuleList(PairConv(in_width, config.width) for in_width in in_widths)
@@ -78,9 +84,19 @@ class AudioEncoder(nn.Module):
                 f"the clips should hold ({sum(media.lengths)}, {self.config.num_mels}) frames, found "
                 f"{tuple(media.values.shape)}"
             )
-        device = media.values.device
-        slots = Slots.of_clips(media.lengths, self.config.chunk_frames, per_token)
-        x = self.embed_frames(media.values, slots)
+        chunks = cut_clips(media.lengths, self.config.chunk_frames)
+        if self.chunk is None or not self.training:
+            return self._encode(media.values, chunks)
+        groups = [chunks[start : start + self.chunk] for start in range(0, len(chunks), self.chunk)]
+        frames = media.values.split([sum(group) for group in groups])
+        pairs = zip(frames, groups, strict=True)
+        return torch.cat([recompute(partial(self._encode, chunks=group), part) for part, group in pairs])
+
+    def _encode(self, values: Tensor, chunks: Sequence[int]) -> Tensor:
+        """(F, M) frames of chunks of these lengths -> (R, D)."""
+        device = values.device
+        slots = Slots.of_chunks(chunks, self.config.frames_per_token)
+        x = self.embed_frames(values, slots)
         positions = [n * self.config.shuffle for n in slots.num_tokens]
         layout = DocumentLayout.from_lengths(positions, num_causal=0, device=device)
         for block in self.blocks:
@@ -138,14 +154,18 @@ class Slots:
     num_tokens: list[int]
 
     @classmethod
-    def of_clips(cls, lengths: Sequence[int], chunk_frames: int, per_token: int) -> Slots:
-        """Cuts clips of `lengths` frames into chunks of at most `chunk_frames` and gives each a slot."""
-        cuts = [min(chunk_frames, length - start) for length in lengths for start in range(0, length, chunk_frames)]
-        frames = np.array(cuts, dtype=np.int64)
+    def of_chunks(cls, chunks: Sequence[int], per_token: int) -> Slots:
+        """Gives each chunk of so many frames a slot."""
+        frames = np.array(chunks, dtype=np.int64)
         num_tokens = -(-frames // per_token)
         sizes = num_tokens * per_token
         offsets = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         return cls(offsets=offsets, real=offsets < np.repeat(frames, sizes), num_tokens=num_tokens.tolist())
+
+
+def cut_clips(lengths: Sequence[int], chunk_frames: int) -> list[int]:
+    """Clips of `lengths` frames as chunks of at most `chunk_frames`."""
+    return [min(chunk_frames, length - start) for length in lengths for start in range(0, length, chunk_frames)]
 
 
 class PairConv(nn.Module):

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mmctx.activations import in_tiles
 from mmctx.encoders.projector import build_projector, pixel_shuffle
 from mmctx.encoders.vision_tower import ImageEncoderConfig, ImageGeometry, build_tower, image_geometry
 from mmctx.errors import DataError, SampleError
@@ -62,6 +63,9 @@ class ImageEncoder(nn.Module):
         config: which tower, and how its tokens are reduced.
         dim: D, width of the trunk.
 
+    Attributes:
+        chunk: pictures encoded at a time while training, each chunk once more in the backward pass; None takes all and keeps all.
+
     Raises:
         ConfigError: the tower cannot be built, see `image_geometry` and `build_tower`.
     """
@@ -73,6 +77,7 @@ class ImageEncoder(nn.Module):
         super().__init__()
         self.geometry = image_geometry(config)
         self.shuffle = config.shuffle
+        self.chunk: int | None = None
         self.tower = build_tower(config)
         self.projector = build_projector(config.projector, self.geometry.width * config.shuffle**2, dim)
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (self.geometry.mean, self.geometry.std))
@@ -91,7 +96,7 @@ class ImageEncoder(nn.Module):
         Raises:
             DataError: pictures of another size, or another number of embeddings than the batch promises.
         """
-        size, grid, num_tokens = self.geometry.image_size, self.geometry.grid, self.geometry.num_tokens
+        size, num_tokens = self.geometry.image_size, self.geometry.num_tokens
         if media.values.shape[1:] != (3, size, size):
             raise DataError(f"the image encoder takes (I, 3, {size}, {size}) pixels, found {tuple(media.values.shape)}")
         if any(n != num_tokens for n in media.num_tokens) or len(media.num_tokens) != len(media.values):
@@ -99,7 +104,14 @@ class ImageEncoder(nn.Module):
                 f"{len(media.values)} pictures of {num_tokens} embeddings make {num_tokens * len(media.values)}, but "
                 f"the batch has room for {sum(media.num_tokens)}: preprocessor and encoder differ in their config"
             )
-        pixels = torch.addcmul(self.shift, media.values.to(self.scale.dtype), self.scale)
+        if self.chunk is not None and self.training:
+            return in_tiles(self._encode, media.values, self.chunk, random=True)  # towers may have dropout
+        return self._encode(media.values)
+
+    def _encode(self, values: Tensor) -> Tensor:
+        """(I, 3, S, S) uint8 -> (R, D)."""
+        grid = self.geometry.grid
+        pixels = torch.addcmul(self.shift, values.to(self.scale.dtype), self.scale)
         x = self.tower(pixels)  # (I, N, C)
         x = pixel_shuffle(x.unflatten(1, (grid, grid)), self.shuffle)  # (I, g/r, g/r, C*r*r)
         return self.projector(x.flatten(0, 2))

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from mmctx.activations import ActivationsConfig
 from mmctx.config import StrictModel
 from mmctx.encoders.audio import AudioEncoder, AudioEncoderConfig
 from mmctx.encoders.image import ImageEncoder, ImageEncoderConfig
@@ -63,6 +64,16 @@ class MmctxModel(nn.Module):
             isinstance(m, TokenLoss) for m in self.objectives.values()
         )
         self.head = nn.Linear(width, num_rows, bias=False) if untied else None
+
+    def set_activations(self, config: ActivationsConfig) -> None:
+        """What the trunk and the encoders keep for the backward pass from now on; losses and gradients stay the same."""
+        self.trunk.set_activations(config)
+        for encoder in self.encoders.values():
+            encoder.chunk = config.media_chunk  # type: ignore[assignment]
+
+    def set_compiler(self, backend: str | None) -> None:
+        """Compiles the trunk's blocks from now on, by a backend of `torch.compile` such as `inductor`; None does not."""
+        self.trunk.set_compiler(backend)
 
     @property
     def head_weight(self) -> Tensor:

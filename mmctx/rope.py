@@ -173,6 +173,12 @@ class Rotary:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates (T, H, d) by (T, 1, d / 2) angles, halves convention (Llama's)."""
+    if (
+        torch.compiler.is_compiling()
+    ):  # a compiler fuses the plain formula, and does not take results written into views
+        exact = x.to(cos.dtype)
+        first, second = exact.chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
     return _Rotate.apply(x, cos, sin)  # type: ignore[no-any-return]
 
 

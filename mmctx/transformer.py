@@ -9,17 +9,20 @@ Shapes: T tokens, D width, H query heads, K key/value heads, d head width, F fee
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Annotated, Literal
 
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from mmctx.activations import KEEP_ALL, ActivationsConfig, in_tiles, recompute
 from mmctx.attention import attention
+from mmctx.compiling import run
 from mmctx.config import StrictModel
 from mmctx.kv_cache import KVCache
 from mmctx.layout import DocumentLayout
+from mmctx.offload import HostOffload
 from mmctx.rope import RopeConfig, Rotary, rotate
 
 
@@ -59,8 +62,6 @@ class TransformerConfig(StrictModel):
     layer global."""
     attention: str = "auto"
     """Attention backend, one of those that `mmctx doctor` lists."""
-    checkpoint_activations: bool = False
-    """Recompute every block in the backward pass instead of keeping its activations."""
 
     @model_validator(mode="after")
     def _check(self) -> TransformerConfig:
@@ -96,7 +97,7 @@ class TransformerConfig(StrictModel):
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention within documents: (T, D) -> (T, D)."""
+    """Grouped-query self-attention within documents: (T, D) -> (T, D), in the steps that `Block` takes."""
 
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
@@ -108,16 +109,17 @@ class Attention(nn.Module):
         self.q_norm = config.make_norm(self.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = config.make_norm(self.head_dim) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], layout: DocumentLayout, cache: KVCache | None) -> Tensor:
-        """See the class; `rope` holds cosines and sines (T, 1, d / 2)."""
+    def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries (T, H, d) and keys (T, K, d), values (T, K, d); `rope` holds cosines and sines (T, 1, d / 2)."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (T, H + 2K, d)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
+        return rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope), v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: DocumentLayout, cache: KVCache | None) -> Tensor:
+        """What the tokens of a document tell each other: (T, H, d)."""
         if cache is None:
-            mixed = attention(q, k, v, layout, window=self.window, backend=self.backend)  # (T, H, d)
-        else:
-            mixed = cache.attend(self.layer, q, k, v, layout, window=self.window, backend=self.backend)
-        return self.out(mixed.flatten(1))
+            return attention(q, k, v, layout, window=self.window, backend=self.backend)
+        return cache.attend(self.layer, q, k, v, layout, window=self.window, backend=self.backend)
 
 
 class SwiGLU(nn.Module):
@@ -135,7 +137,12 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a norm and added to the stream: (T, D) -> (T, D)."""
+    """Attention and MLP, each behind a norm and added to the stream: (T, D) -> (T, D).
+
+    Attributes:
+        activations: what is kept for the backward pass.
+        compiler: backend of `torch.compile` for all but attention, which stays outside: it knows document lengths as host integers.
+    """
 
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
@@ -144,13 +151,50 @@ class Block(nn.Module):
         self.mlp_norm = config.make_norm(config.width)
         self.mlp = SwiGLU(config)
         self.dropout = nn.Dropout(config.dropout)
+        self.layer, self.activations = layer, KEEP_ALL
+        self.compiler: str | None = None
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether the forward pass keeps little and the backward pass computes it again."""
+        return self.training and self.activations.recomputes(self.layer)
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], layout: DocumentLayout, cache: KVCache | None = None
     ) -> Tensor:
         """See the class."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), rope, layout, cache))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        compiler = self.compiler if cache is None else None  # generation calls with sizes of its own
+
+        def attend(x: Tensor) -> Tensor:
+            q, k, v = run(compiler, _project, self, x, *rope)
+            return run(compiler, _merge, self, x, self.attention.attend(q, k, v, layout, cache))
+
+        def feed_forward(x: Tensor) -> Tensor:
+            return run(compiler, _feed_forward, self, x)
+
+        random = self.dropout.p > 0
+        tile = self.activations.mlp_tile if self.training else None
+        first = attend if tile is not None else lambda x: feed_forward(attend(x))
+        if self.recomputes:
+            x = recompute(first, x, keep_attention=self.activations.checkpoint == "selective", random=random)
+        else:
+            x = first(x)
+        return x if tile is None else in_tiles(feed_forward, x, tile, random=random)
+
+
+def _project(block: Block, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The stream (T, D) -> queries (T, H, d), keys and values (T, K, d)."""
+    return block.attention.project(block.attention_norm(x), (cos, sin))
+
+
+def _merge(block: Block, x: Tensor, mixed: Tensor) -> Tensor:
+    """The stream (T, D) and what attention gave (T, H, d) -> (T, D)."""
+    return x + block.dropout(block.attention.out(mixed.flatten(1)))
+
+
+def _feed_forward(block: Block, x: Tensor) -> Tensor:
+    """The second half of a block, which treats every token by itself: (T, D) -> (T, D)."""
+    return x + block.dropout(block.mlp(block.mlp_norm(x)))
 
 
 class Transformer(nn.Module):
@@ -162,6 +206,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
         self.norm = config.make_norm(config.width)
         self.rope = Rotary(config.rope, config.head_width)
+        self.activations = KEEP_ALL
         self.apply(self._initialise)
 
     def set_context(self, config: TransformerConfig) -> None:
@@ -195,9 +240,19 @@ class Transformer(nn.Module):
         """
         rope = self.rope(position_ids, embeddings.dtype)
         x = embeddings
+        offload = HostOffload(x.device) if self.activations.offload and x.is_cuda else None
         for block in self.blocks:
-            if self.config.checkpoint_activations and self.training:
-                x = checkpoint(block, x, rope, layout, use_reentrant=False)
-            else:
+            with offload.layer() if offload is not None and block.recomputes else nullcontext():
                 x = block(x, rope, layout, cache)
         return self.norm(x)
+
+    def set_activations(self, config: ActivationsConfig) -> None:
+        """How much every block keeps for the backward pass from now on; see `mmctx.activations`."""
+        self.activations = config
+        for block in self.blocks:
+            block.activations = config  # type: ignore[assignment]
+
+    def set_compiler(self, backend: str | None) -> None:
+        """Compiles the blocks by this backend of `torch.compile` when they run next; None runs them as they are."""
+        for block in self.blocks:
+            block.compiler = backend  # type: ignore[assignment]

@@ -92,3 +92,21 @@ def test_extend_context():
     assert result["positions"] == ["0..31", "32..63", "64..127", "128..255"]
     assert all(7 < loss < 8.5 for losses in result["loss"].values() for loss in losses)  # of 2,368 rows, barely trained
     assert all(0.5 < ratio < 1 for ratio in result["after_over_before"])
+
+
+def test_memory():
+    result = run("memory.py")  # asserts equal losses and gradients
+    assert result["bars"] == {"times_less": 5.0, "flat": 1.15}
+    assert set(result["growth"]) == {"512", "1024"}
+    kept, frugal = (result["sides"][name]["peak"] for name in ("ours, all kept", "ours, full and tiles"))
+    assert 0 < frugal < kept
+
+
+def test_long_document():
+    result = run("long_document.py")
+    assert set(result["lengths"]) == {"512", "1024"}
+    for point in result["lengths"].values():
+        assert len(point["losses"]) == 3
+        assert point["losses"][2] < point["losses"][0]
+        assert point["pictures"] >= 2
+        assert point["clips"] >= 1

@@ -39,10 +39,11 @@ FREE_TO_CHANGE = (
     "train.audit",
     "train.tensorboard",
     "train.num_threads",
+    "train.activations",
+    "train.compile",
     "data",
     "schedule",
     "model.transformer.attention",
-    "model.transformer.checkpoint_activations",
 )
 """Keys that a resumed run may set otherwise without becoming another run. `train.segments` knows what a change of `data` means; of
 `schedule`, what has been trained may not change."""

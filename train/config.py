@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 from torch import nn
 
+from mmctx.activations import ActivationsConfig
 from mmctx.config import StrictModel
 from mmctx.datasets.config import DataConfig
 from mmctx.eval.config import EvalConfig
@@ -64,6 +65,10 @@ class TrainConfig(StrictModel):
     """AdamW."""
     schedule: ScheduleConfig = ScheduleConfig()
     """Learning rate."""
+    activations: ActivationsConfig = ActivationsConfig()
+    """What is kept for the backward pass and what is computed again: memory against time."""
+    compile: bool = False
+    """Compile the trunk's blocks (torch.compile): once, for all document lengths. Needs a C++ compiler on CPU."""
     log_every: int = Field(default=10, ge=1)
     """Steps between lines of metrics.jsonl; the device is asked for numbers only then."""
     save_every: int = Field(default=1000, ge=1)

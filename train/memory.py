@@ -1,71 +1,91 @@
-"""How much memory a training step will take, from shapes alone: the model and the largest planned bin are run on the meta device."""
+"""How much memory a training step will take, by running it on the meta device: model, activation settings, the largest planned bin."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, nn
 
-from mmctx.model import MmctxModel, count_parameters
+from mmctx.model import MmctxModel
 from mmctx.pack import PackedBatch
+from mmctx.train.build import build_model
 from mmctx.train.checkpoint import without_pretrained
 from mmctx.train.config import RunConfig
+from mmctx.train.storage_trace import FusedAttention, StorageTrace
 
-BYTES = 4  # of a float32: weights, gradients and AdamW's moments are kept in it
 
+def estimate_memory(config: RunConfig, batch: PackedBatch, vocab_size: int) -> dict[str, Any]:
+    """Bytes that one process holds at the worst moment of a step over `batch`, by what they are for, and when that moment is.
 
-def estimate_memory(config: RunConfig, batch: PackedBatch, vocab_size: int) -> dict[str, int]:
-    """Bytes that one process needs at the end of the forward pass over `batch`, where memory peaks, by what they are for.
+    The step is a later one: AdamW's moments exist, and gradients too if the process takes several bins a step. The batches of a step and
+    of the one before it are counted as large as this one. Not counted are the libraries themselves, what kernels allocate inside, data
+    loaders, and DDP's buckets, which take the gradients' size once more.
 
-    Weights, gradients, AdamW's two moments, and what autograd keeps for the backward pass; not the library itself, workspaces of kernels
-    and data loaders. Activations are counted in float32: under bf16 autocast they take between half and all of that.
+    Returns:
+        `weights`, `gradients`, `optimizer`, `batches`, then activations by the module that they belong to (`image`, `audio`, `trunk`,
+        `objectives`, `embedding`), `total`, and `peak_at`.
     """
+    shape = config.model_copy(update={"model": without_pretrained(config.model)})
+    trace = StorageTrace()
     with torch.device("meta"):
-        model = MmctxModel(without_pretrained(config.model), config.objectives, vocab_size)
-    own = {_storage(tensor) for tensor in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        if (storage := _storage(tensor)) not in own:
-            kept[storage] = tensor  # held on to, so that no other storage takes its place
-        return tensor
-
-    with FusedAttention(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        losses = model.train()(batch.to("meta"))
-    del losses
-    weights = count_parameters(model) * BYTES
-    activations = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    parts = {"weights": weights, "gradients": weights, "optimizer": 2 * weights, "activations": activations}
-    return parts | {"total": sum(parts.values())}
-
-
-class FusedAttention(TorchFunctionMode):
-    """Lets attention keep what fused kernels keep: PyTorch falls back to the unfused one on the meta device, which would keep the
-    probabilities of all pairs of tokens, hundreds of times as much for a long document.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Attention is replaced, all else is called as it is."""
-        if func is F.scaled_dot_product_attention:
-            return _FusedAttention.apply(*args[:3])
-        return func(*args, **(kwargs or {}))
+        model = build_model(shape, vocab_size).train()
+    parameters = list(model.parameters())
+    _follow(model, trace)
+    with FusedAttention(), trace:
+        moments = [torch.empty_like(p) for p in parameters for _ in range(2)]
+        for part, tensors in {"weights": model.state_dict().values(), "optimizer": moments}.items():
+            _count(trace, tensors, part)
+        trace.part = "batches"
+        batches = [batch.to("meta") for _ in range(2 * config.data.bins_per_step)]
+        if config.data.bins_per_step > 1:
+            for parameter in parameters:
+                parameter.grad = torch.empty_like(parameter)
+                trace.count(parameter.grad, "gradients")
+        trace.part, trace.place = "embedding", "forward"
+        losses = model(batches[0])
+        total = torch.stack([loss.total for loss in losses.values()]).sum()
+        del losses
+        trace.place = "backward"
+        # From an edge of the graph: with a tensor the whole backward would run outside of FusedAttention, as functions that it sees do.
+        torch.autograd.backward(torch.autograd.graph.get_gradient_edge(total), torch.ones_like(total))
+    parts = {part: size for part, size in trace.at_peak.items() if size}
+    return parts | {"total": trace.peak, "peak_at": trace.peak_at}
 
 
-class _FusedAttention(torch.autograd.Function):
-    """Shapes and storages alone: q (B, H, L, d), k and v (B, K, S, d) -> (B, H, L, d), a view of (B, L, H, d) as kernels write it."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        batch, heads, length, _ = q.shape
-        out = q.new_empty(batch, length, heads, v.shape[-1]).transpose(1, 2)
-        ctx.save_for_backward(q, k, v, out, q.new_empty(batch, heads, length))  # the last: sums of exponentials
-        return out
+def _count(trace: StorageTrace, tensors: Iterable[Tensor], part: str) -> None:
+    for tensor in tensors:
+        trace.count(tensor, part)
 
 
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+def _follow(model: MmctxModel, trace: StorageTrace) -> None:
+    """Has the trace know where the step is: when a module of interest runs, and when its backward does."""
+    modules: dict[str, tuple[str, nn.Module]] = {
+        **{f"{kind} encoder": (kind, encoder) for kind, encoder in model.encoders.items()},
+        **{f"block {number}": ("trunk", block) for number, block in enumerate(model.trunk.blocks)},
+        "final norm": ("trunk", model.trunk.norm),
+        **{f"loss of {name}": ("objectives", objective) for name, objective in model.objectives.items()},
+    }
+    for name, (part, module) in modules.items():
+        module.register_forward_pre_hook(partial(_enter, trace, part, name))
+        module.register_forward_hook(partial(_leave, trace, part, name), always_call=True)
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: trace.count(p.grad, "gradients"))  # type: ignore[arg-type]
+
+
+def _enter(trace: StorageTrace, part: str, name: str, module: nn.Module, args: Any) -> None:
+    trace.part, trace.place = part, f"forward of {name}"
+
+
+def _leave(trace: StorageTrace, part: str, name: str, module: nn.Module, args: Any, output: Any) -> None:
+    tensor = output if isinstance(output, Tensor) else getattr(output, "total", None)
+    if tensor is not None and tensor.requires_grad:
+        tensor.register_hook(partial(_turn, trace, part, name))
+    trace.part, trace.place = "embedding", "forward"
+
+
+def _turn(trace: StorageTrace, part: str, name: str, gradient: Tensor) -> None:
+    """The gradient of a module's output is there: its backward begins."""
+    trace.part, trace.place = part, f"backward of {name}"

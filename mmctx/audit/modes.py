@@ -23,7 +23,7 @@ def own_mode(model: MmctxModel, precision: str, device: torch.device) -> Mode:
     asked = [(module.backend, request) for module, request in _requests(model, precision, device)]
     names = {select_backend(name, request).name for name, request in asked}
     backend = names.pop() if len(names) == 1 else asked[0][0]
-    return Mode(backend, precision, model.trunk.config.checkpoint_activations, every_pair=True)
+    return Mode(backend, precision, model.trunk.activations.checkpoint != "none", every_pair=True)
 
 
 def other_modes(own: Mode, model: MmctxModel, device: torch.device) -> tuple[list[Mode], list[str]]:
@@ -49,13 +49,15 @@ def _requests(model: MmctxModel, precision: str, device: torch.device) -> list[t
 @contextmanager
 def running(model: MmctxModel, mode: Mode, device: torch.device) -> Iterator[None]:
     """The model in a mode, in training mode, under its autocast."""
-    trunk, before = model.trunk, model.trunk.config
+    trunk, before = model.trunk, model.trunk.activations
+    kind = {True: "full" if before.checkpoint == "none" else before.checkpoint, False: "none"}[mode.checkpointing]
+    offload = before.offload and mode.checkpointing
     attention = [module for module in trunk.modules() if isinstance(module, Attention)]
     backends = [module.backend for module in attention]
     hearing = [module for module in model.modules() if isinstance(module, AudioEncoder)]
     hearing_backends = [module.attention_backend for module in hearing]
     try:
-        trunk.config = before.model_copy(update={"checkpoint_activations": mode.checkpointing})
+        trunk.set_activations(before.model_copy(update={"checkpoint": kind, "offload": offload}))
         for module in attention:
             module.backend = mode.backend
         for encoder in hearing:  # its heads may be of a width that the backend cannot take
@@ -66,7 +68,7 @@ def running(model: MmctxModel, mode: Mode, device: torch.device) -> Iterator[Non
         with torch.autocast(device.type, torch.bfloat16, enabled=mode.precision == "bf16"):
             yield
     finally:
-        trunk.config = before
+        trunk.set_activations(before)
         for module, name in zip(attention, backends, strict=True):
             module.backend = name
         for encoder, name in zip(hearing, hearing_backends, strict=True):

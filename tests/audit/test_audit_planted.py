@@ -259,7 +259,7 @@ def test_nothing_is_left_behind(run) -> None:
     assert flags == {name: module.training for name, module in model.named_modules()}
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
-    assert not model.trunk.config.checkpoint_activations
+    assert model.trunk.activations.checkpoint == "none"
     assert not torch.is_autocast_enabled("cpu")
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmctx.config import build_config
-from mmctx.encoders.audio import AudioEncoder, AudioEncoderConfig, AudioPreprocessor, Slots
+from mmctx.encoders.audio import AudioEncoder, AudioEncoderConfig, AudioPreprocessor, Slots, cut_clips
 from mmctx.encoders.log_mel import log_mel, resample
 from mmctx.errors import ConfigError, DataError, SampleError
 from mmctx.pack import MediaBatch
@@ -118,7 +118,7 @@ class TestEncoder:
         torch.manual_seed(0)
         encoder = AudioEncoder(config(stride=stride), dim=6).double()
         clips = [torch.randn(length, 12, dtype=torch.float64) for length in range(1, 41)]
-        slots = Slots.of_clips([len(clip) for clip in clips], chunk_frames=64, per_token=stride)
+        slots = Slots.of_chunks(cut_clips([len(clip) for clip in clips], 64), per_token=stride)
         ours = encoder.embed_frames(torch.cat(clips), slots)
         theirs = []
         for clip in clips:
@@ -143,7 +143,7 @@ class TestEncoder:
 
     @given(lengths=st.lists(st.integers(1, 100), min_size=1, max_size=6), stride=st.sampled_from([2, 8]))
     def test_slots_hold_every_frame_once(self, lengths, stride):
-        slots = Slots.of_clips(lengths, chunk_frames=32, per_token=stride)
+        slots = Slots.of_chunks(cut_clips(lengths, 32), per_token=stride)
         assert slots.real.sum() == sum(lengths)
         assert len(slots.real) == stride * sum(slots.num_tokens)
         assert sum(slots.num_tokens) == sum(-(-length // stride) for length in lengths)

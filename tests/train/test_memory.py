@@ -1,85 +1,147 @@
-"""The memory that a step takes by estimate, against what autograd really keeps on a CPU."""
+"""The memory that a step takes by estimate, against what real steps take on a CPU."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny import words, write_shard
-from torch import Tensor
 
 from mmctx.config import build_config
 from mmctx.datasets.assemble import build_data
 from mmctx.datasets.planning.plan import Plan
-from mmctx.model import MmctxModel
 from mmctx.pack import PackedBatch
+from mmctx.train.build import build_model
 from mmctx.train.config import RunConfig
 from mmctx.train.memory import estimate_memory
 from mmctx.train.optim import build_optimizer
+from mmctx.train.peak import measure_peak
+
+POLICIES = [
+    {},
+    {"checkpoint": "full"},
+    {"checkpoint": "full", "every": 2, "media_chunk": 2},
+    {"checkpoint": "selective", "mlp_tile": 128},
+    {"mlp_tile": 100, "media_chunk": 1},
+]
+
+TRAIN = """
+import json, resource, sys
+from pathlib import Path
+import timm, transformers
+import mmctx
+from mmctx.datasets.planning.plan import Plan
+from mmctx.train.memory import estimate_memory
+config = mmctx.load_config(sys.argv[1])
+data = mmctx.build_dataset(config)
+batch = data.dataset[Plan(config.data, data.tables, config.train.seed).step(0)[0]]
+estimate = estimate_memory(config, batch, len(data.tokenizer))
+del data
+status = Path("/proc/self/status").read_text().splitlines()
+before = next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
+mmctx.train(config)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps({"estimate": estimate["total"], "resident": (peak - before) * 1024}))
+"""
 
 
-def open_run(tree: dict[str, Any]) -> tuple[RunConfig, MmctxModel, PackedBatch]:
+def open_run(tree: dict[str, Any]) -> tuple[RunConfig, PackedBatch, int]:
+    """Config, the largest bin of the first step, vocabulary."""
     config = build_config(RunConfig, tree, "tree")
     data = build_data(config.data, config.data.sources, config.model, config.objectives, config.train.seed)
     plan = Plan(config.data, data.tables, config.train.seed)
-    torch.manual_seed(0)
-    model = MmctxModel(config.model, config.objectives, len(data.tokenizer)).train()
-    return config, model, data.dataset[max(plan.step(0), key=lambda bin: bin.tokens)]
+    return config, data.dataset[max(plan.step(0), key=lambda bin: bin.tokens)], len(data.tokenizer)
 
 
-def measured_activations(model: MmctxModel, batch: PackedBatch) -> int:
-    """Bytes of the different storages that a real forward pass saves, those of parameters and buffers apart."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
-    kept: list[Tensor] = []  # all at once, so that no address is used twice
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        losses = model(batch)
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
-    del losses
-    return sum(size for address, size in storages.items() if address not in own)
-
-
-@pytest.mark.parametrize("changes", [{}, {"dropout": 0.0}, {"checkpoint_activations": True}])
-def test_activations_are_what_autograd_keeps(tree: dict[str, Any], changes: dict[str, Any]) -> None:
-    tree["model"]["transformer"] |= {"num_kv_heads": None} | changes
-    config, model, batch = open_run(tree)
-    estimate = estimate_memory(config, batch, model.vocab_size)
-    assert estimate["activations"] == pytest.approx(measured_activations(model, batch), rel=0.01)
-
-
-def test_grouped_heads_are_repeated_where_a_mask_is_needed(tree: dict[str, Any]) -> None:
-    """As PyTorch's attention does on a GPU and not on a CPU: the estimate is a little on the safe side."""
-    config, model, batch = open_run(tree)
-    measured = measured_activations(model, batch)
-    assert measured < estimate_memory(config, batch, model.vocab_size)["activations"] < 1.06 * measured
-
-
-def test_long_documents_are_attended_to_by_a_kernel_that_keeps_no_scores(tree: dict[str, Any], tmp_path: Path) -> None:
-    write_shard(tmp_path / "s.tar", [{"__key__": f"{n}", "txt": words(n, 1000).encode()} for n in range(2)])
-    tree["data"]["sources"] = {"s": {"shards": str(tmp_path / "s.tar"), "objectives": ["captioning"]}}
-    tree["data"] |= {"context_length": 2000, "bin_tokens": 2000, "window_steps": 1}
-    tree["model"] |= {"image": None, "audio": None}
-    config, model, batch = open_run(tree)
-    assert max(batch.layout.lengths) > 1000
-    estimate = estimate_memory(config, batch, model.vocab_size)
-    assert estimate["activations"] == pytest.approx(measured_activations(model, batch), rel=0.01)
-
-
-def test_the_total_is_the_sum_of_what_a_process_holds(tree: dict[str, Any]) -> None:
-    config, model, batch = open_run(tree)
-    found = estimate_memory(config, batch, model.vocab_size)
-    assert found["total"] == sum(size for name, size in found.items() if name != "total")
+def measure_step(config: RunConfig, batch: PackedBatch, vocab_size: int) -> int:
+    """Bytes at the worst moment of the second step, beyond weights, moments and batches."""
+    model = build_model(config, vocab_size).train()
     optimizer = build_optimizer(model, config.train.optimizer)
-    losses = model(batch)
-    torch.stack([loss.total for loss in losses.values()]).sum().backward()
-    optimizer.step()
-    weights = sum(p.nbytes for p in model.parameters())
-    gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-    moments = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.ndim)
-    assert (found["weights"], found["gradients"], found["optimizer"]) == (weights, gradients, moments)
+
+    def step() -> None:
+        for _ in range(config.data.bins_per_step):
+            losses = model(batch)
+            torch.stack([loss.total for loss in losses.values()]).sum().backward()
+            del losses
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step()
+    return measure_peak(step)
+
+
+def estimated_step(estimate: dict[str, Any]) -> int:
+    """The same, by estimate."""
+    return estimate["total"] - sum(estimate[part] for part in ("weights", "optimizer", "batches"))
+
+
+@pytest.mark.parametrize("activations", POLICIES, ids=str)
+def test_the_peak_is_foretold_for_every_policy(tree: dict[str, Any], activations: dict[str, Any]) -> None:
+    tree["train"]["activations"] = activations
+    tree["data"]["bins_per_step"] = 1 + len(activations) % 2
+    tree["model"]["transformer"] |= {"width": 96, "mlp_width": 256, "depth": 3}
+    config, batch, vocab_size = open_run(tree)
+    assert set(batch.media) == {"image", "audio"}
+    estimate = estimate_memory(config, batch, vocab_size)
+    measured = measure_step(config, batch, vocab_size)
+    assert estimated_step(estimate) == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize("activations", [{}, {"checkpoint": "full"}, {"checkpoint": "selective"}], ids=str)
+@pytest.mark.parametrize("window", [None, 150])
+def test_a_long_document_is_foretold(
+    tree: dict[str, Any], tmp_path: Path, activations: dict[str, Any], window: int | None
+) -> None:
+    write_shard(tmp_path / "s.tar", [{"__key__": f"{n}", "txt": words(n, 1900).encode()} for n in range(2)])
+    tree["data"]["sources"] = {"s": {"shards": str(tmp_path / "s.tar"), "objectives": ["captioning"]}}
+    tree["data"] |= {"context_length": 4000, "bin_tokens": 4000, "window_steps": 1, "bins_per_step": 1}
+    tree["model"] |= {"image": None, "audio": None}
+    tree["model"]["transformer"] |= {"windows": [window]}
+    tree["train"]["activations"] = activations
+    config, batch, vocab_size = open_run(tree)
+    assert max(batch.layout.lengths) > 1800
+    estimate = estimate_memory(config, batch, vocab_size)
+    assert estimated_step(estimate) == pytest.approx(measure_step(config, batch, vocab_size), rel=0.15)
+
+
+def test_parts_make_the_total_and_the_peak_has_a_place(tree: dict[str, Any]) -> None:
+    tree["data"]["bins_per_step"] = 2
+    config, batch, vocab_size = open_run(tree)
+    plain = estimate_memory(config, batch, vocab_size)
+    assert plain["total"] == sum(size for part, size in plain.items() if part not in ("total", "peak_at"))
+    assert plain["peak_at"].startswith(("backward of", "forward of"))
+    weights = sum(p.nbytes for p in build_model(config, vocab_size).parameters())
+    assert plain["gradients"] == weights
+    assert plain["optimizer"] == 2 * weights
+    assert weights <= plain["weights"] < 1.01 * weights + 2**20  # buffers besides
+    frugal = config.train.model_copy(
+        update={"activations": config.train.activations.model_copy(update={"checkpoint": "full"})}
+    )
+    assert estimate_memory(config.model_copy(update={"train": frugal}), batch, vocab_size)["trunk"] < plain["trunk"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("activations", [{}, {"checkpoint": "selective", "mlp_tile": 512, "media_chunk": 4}], ids=str)
+def test_a_process_that_trains_grows_as_foretold(
+    tree: dict[str, Any], tmp_path: Path, activations: dict[str, Any]
+) -> None:
+    """Three steps of a run in a process of its own, by its resident size."""
+    tree["data"] |= {"context_length": 2048, "bin_tokens": 2048, "window_steps": 1, "bins_per_step": 1}
+    tree["model"]["transformer"] |= {"width": 384, "mlp_width": 1024, "depth": 8 if activations else 4}
+    tree["train"] |= {"steps": 3, "save_every": 1000, "activations": activations}
+    tree["eval"] = {}
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(tree))
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", TRAIN, str(path)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["resident"] == pytest.approx(found["estimate"], rel=0.15)

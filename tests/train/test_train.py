@@ -156,7 +156,7 @@ def test_a_signal_to_the_group_reaches_loader_workers_too_and_still_saves(
 def test_other_precisions_and_recomputed_activations_in_one_process(tree: dict[str, Any]) -> None:
     plain = read_lines(train(build(tree, "fp32", steps=2)).run_dir / "metrics.jsonl")
     rough = read_lines(train(build(tree, "bf16", steps=2, precision="bf16")).run_dir / "metrics.jsonl")
-    tree["model"]["transformer"]["checkpoint_activations"] = True
+    tree["train"]["activations"] = {"checkpoint": "full", "media_chunk": 2}
     frugal = read_lines(train(build(tree, "frugal", steps=2)).run_dir / "metrics.jsonl")
     for a, b, c in zip(plain, rough, frugal, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=0.05)
