@@ -25,8 +25,8 @@ def generate(model: MmctxModel, prompts: PackedBatch, eos_id: int, max_new_token
     if prompts.layout.num_causal != len(prompts.layout.lengths):
         raise ValueError("generation continues causal documents; the batch holds bidirectional ones")
     cache = KVCache(max_new_tokens)
-    positions = cache.advance(prompts.layout)
-    hidden = model.trunk(model.embed(prompts), positions, prompts.layout, cache)  # (T, D)
+    cache.advance(prompts.layout)
+    hidden = model.trunk(model.embed(prompts), model.positions(prompts), prompts.layout, cache)  # (T, D)
     hidden = hidden[prompts.layout.cu_seqlens[1:].long() - 1]  # (B, D) last state of each prompt
     tokens, finished = [], torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
     for place in range(max_new_tokens):

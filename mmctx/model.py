@@ -5,6 +5,7 @@ Shapes: T tokens, D width, V vocabulary, S media slots, R rows of an encoder's o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from mmctx.layout import DocumentLayout
 from mmctx.objectives import AnyObjective, LossSum, build_model_halves
 from mmctx.objectives.captioning import TokenLoss
 from mmctx.pack import PackedBatch
+from mmctx.rope import grid_positions
 from mmctx.transformer import Transformer, TransformerConfig
 
 ENCODERS: dict[str, type[nn.Module]] = {"image": ImageEncoder, "audio": AudioEncoder}
@@ -101,9 +103,16 @@ class MmctxModel(nn.Module):
                 embeddings = embeddings.index_copy(0, media.slots, rows)
         return embeddings
 
+    def positions(self, batch: PackedBatch) -> Tensor:
+        """Positions (T,), or (T, 3) where pictures have rows and columns."""
+        pictures = batch.media.get("image")
+        if self.config.transformer.picture_positions == "sequence" or pictures is None:
+            return batch.position_ids
+        return grid_positions(batch.position_ids, pictures.slots, math.isqrt(pictures.num_tokens[0]))  # all are square
+
     def encode(self, batch: PackedBatch) -> Tensor:
         """Hidden states (T, D) of every token."""
-        return self.trunk(self.embed(batch), batch.position_ids, batch.layout)
+        return self.trunk(self.embed(batch), self.positions(batch), batch.layout)
 
     def forward(self, batch: PackedBatch) -> dict[str, LossSum]:
         """Each objective's loss sum and count over the batch."""

@@ -1,6 +1,6 @@
 """Rotary positions: how fast each pair of channels turns, the angles of a batch, and the rotation itself.
 
-Shapes: T tokens, H heads, d head width.
+Shapes: T tokens, H heads, d head width, S media slots.
 """
 
 from __future__ import annotations
@@ -128,20 +128,46 @@ def _attention_factor(config: RopeConfig) -> float:
     return spread + 1
 
 
+AXES = (0, 1, 0, 2)
+"""Which axis turns a frequency, repeated over all of them: position in the sequence, row, sequence, column. As the sections of Qwen2-VL
+(Wang et al. 2024), but interleaved, so that every axis has slow and fast ones."""
+
+
+def grid_positions(position_ids: Tensor, slots: Tensor, side: int) -> Tensor:
+    """Positions (T, 3) on the axes sequence, row and column. Text stands at its position on all three, which is plain rotation.
+
+    A picture's rows and columns count from where it starts in its document, so distances to the text around it stay of use.
+
+    Args:
+        position_ids: (T,).
+        slots: (S,) places of square pictures in the flat sequence, whole, row by row.
+        side: tokens of a row.
+    """
+    place = torch.arange(len(slots), device=slots.device) % side**2  # in its picture
+    sequence = position_ids[slots]
+    row, column = sequence - place + place // side, sequence - place + place % side
+    return position_ids[:, None].repeat(1, 3).index_copy_(0, slots, torch.stack([sequence, row, column], dim=1))
+
+
 class Rotary:
     """The angles of one `RopeConfig`. No module and no buffers: `model.bfloat16()` must not round the frequencies."""
 
     def __init__(self, config: RopeConfig, head_dim: int) -> None:
         self.frequencies, self.scale = rope_frequencies(config, head_dim)
-        self._on_device: dict[torch.device, Tensor] = {}
+        self.axes = torch.tensor([AXES[number % len(AXES)] for number in range(head_dim // 2)])
+        self._on_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (T, 1, d / 2) of positions (T,), in float32 at least."""
+        """Cosines and sines (T, 1, d / 2) of positions (T,), or (T, 3) by `AXES`, in float32 at least."""
         precision = torch.float64 if dtype == torch.float64 else torch.float32
         device = position_ids.device
         if device not in self._on_device:  # copied to a device once: copies wait for it
-            self._on_device[device] = self.frequencies.to(device)
-        angles = position_ids.to(precision)[:, None, None] * self._on_device[device].to(precision)
+            self._on_device[device] = self.frequencies.to(device), self.axes.to(device)
+        frequencies, axes = self._on_device[device]
+        turned_by = (
+            position_ids[:, None] if position_ids.ndim == 1 else position_ids.index_select(1, axes)
+        )  # (T, d / 2)
+        angles = (turned_by.to(precision) * frequencies.to(precision))[:, None]
         return angles.cos() * self.scale, angles.sin() * self.scale
 
 

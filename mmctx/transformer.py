@@ -45,6 +45,8 @@ class TransformerConfig(StrictModel):
     """F."""
     rope: RopeConfig = RopeConfig()
     """Positions."""
+    picture_positions: Literal["sequence", "grid"] = "sequence"
+    """sequence: a picture's tokens count on as text does. grid: half of the frequencies turn by row and column instead (for comparison)."""
     qk_norm: bool = True
     """A norm on every head's queries and keys before rotation, as in Qwen3."""
     qkv_bias: bool = False
@@ -73,6 +75,8 @@ class TransformerConfig(StrictModel):
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}")
         if self.head_width % 2:
             raise ValueError(f"the head width {self.head_width} must be even for rotary positions")
+        if self.picture_positions == "grid" and self.head_width % 8:
+            raise ValueError(f"the head width {self.head_width} must be a multiple of 8 for picture_positions: grid")
         return self
 
     @property
@@ -232,7 +236,7 @@ class Transformer(nn.Module):
 
         Args:
             embeddings: (T, D).
-            position_ids: (T,) int64, restarting at 0 in each document.
+            position_ids: (T,) int64, restarting at 0 in each document; or (T, 3), see `grid_positions`.
             layout: document boundaries.
             cache: keys and values of earlier calls, for generation.
         """

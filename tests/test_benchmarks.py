@@ -1,4 +1,4 @@
-"""Benchmarks of the data path and of sequence parallel run at tiny size and report what they promise. Times are not looked at."""
+"""Every benchmark runs at tiny size and reports what it promises. Times are not looked at."""
 
 from __future__ import annotations
 
@@ -40,6 +40,20 @@ def test_tar_read():
         assert found["samples_per_second"].keys() - {"webdataset"} == found["times_faster"].keys()
         assert all(ratio["best"] > 0 for ratio in found["times_faster"].values())
     assert result["bars"] == {"image": 6.0, "token": 18.0}
+
+
+def test_train_step():
+    result = run("train_step.py")
+    assert result["bars"] == {"padded": 4.0, "packed": 2.3, "equal": 0.98}
+    assert set(result["uneven"]["seconds"]) == {"padded", "packed", "one by one", "ours"}
+    assert set(result["equal"]["times_faster"]["clock"]) == {"equal"}
+
+
+def test_cross_entropy():
+    result = run("cross_entropy.py")
+    for dtype in ("float32", "bfloat16"):
+        assert {"naive", "ours"} <= set(result[dtype]["seconds"]) == set(result[dtype]["peak_mib"])
+        assert result["errors"][dtype]["ours"]["loss"] < 1e-4
 
 
 def test_image_text_says_why_a_peer_is_left_out(tmp_path):

@@ -6,11 +6,9 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mmctx.kv_cache import KVCache
 from mmctx.layout import DocumentLayout
-from mmctx.rope import RopeConfig, rope_frequencies
 from mmctx.transformer import Transformer, TransformerConfig
 
 SHAPE = {"width": 48, "depth": 3, "num_heads": 6, "num_kv_heads": 2, "mlp_width": 80, "norm_eps": 1e-6}
@@ -70,36 +68,6 @@ def test_equals_transformers(family: str, options: dict) -> None:
     got = ours(x, positions(layout), layout)
     want = torch.cat([theirs(inputs_embeds=part[None]).last_hidden_state[0] for part in x.split([5, 1, 17])])
     torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)  # theirs computes rotary angles in fp32
-
-
-@pytest.mark.parametrize(
-    ("ours", "theirs"),
-    [
-        ({}, {"rope_type": "default"}),
-        ({"scaling": "linear", "factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
-        # Transformers' dynamic NTK at twice its context: (2 * 2 - 1) times longer
-        ({"scaling": "ntk", "factor": 3.0}, {"rope_type": "dynamic", "factor": 2.0}),
-        (
-            {"scaling": "yarn", "factor": 8.0, "original_context": 256},
-            {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 256},
-        ),
-    ],
-)
-def test_rotary_frequencies_equal_transformers(ours: dict, theirs: dict) -> None:
-    config = transformers.LlamaConfig(
-        hidden_size=64,
-        num_attention_heads=1,
-        head_dim=64,
-        max_position_embeddings=2048,
-        rope_parameters={"rope_theta": 50_000.0, **theirs},
-    )
-    if theirs["rope_type"] == "default":
-        want, scale = 50_000.0 ** -(torch.arange(0, 64, 2).double() / 64), 1.0
-    else:
-        want, scale = ROPE_INIT_FUNCTIONS[theirs["rope_type"]](config, "cpu", seq_len=2 * 2048)
-    got, our_scale = rope_frequencies(RopeConfig(base=50_000.0, **ours), 64)
-    torch.testing.assert_close(got, want.double(), rtol=1e-6, atol=1e-9)
-    assert our_scale == pytest.approx(scale)
 
 
 @pytest.mark.parametrize("window", [None, 4])

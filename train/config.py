@@ -116,6 +116,10 @@ class RunConfig(StrictModel):
                 f"train.sequence_parallel={ranks} must divide model.transformer.num_heads={heads}, which are shared out over the ranks; "
                 f"use one of {', '.join(map(str, fitting))}"
             )
+        if ranks > 1 and self.model.transformer.picture_positions == "grid":
+            raise ValueError(
+                f"train.sequence_parallel={ranks} may cut a picture in two, and picture_positions: grid needs it whole; use sequence"
+            )
         pieces = {"activations.mlp_tile": self.train.activations.mlp_tile, "compile": self.train.compile}
         if ranks > 1 and self.model.transformer.dropout and (used := [name for name, value in pieces.items() if value]):
             raise ValueError(

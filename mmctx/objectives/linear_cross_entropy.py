@@ -5,6 +5,7 @@ Shapes: N labelled tokens, D width, V vocabulary, C rows of a chunk.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from mmctx.pack import IGNORE_INDEX
 
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
-"""Logits held at a time, by device: 16 MiB in fp32 stay in a CPU's cache, 256 MiB keep a GPU busy."""
+"""Logits held at a time, by device. CPU: 16 MiB in fp32; four times as many save a tenth of the time. CUDA: 256 MiB keep it busy."""
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int | None = None) -> Tensor:
@@ -21,7 +22,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_s
 
     Rows labelled `IGNORE_INDEX` add nothing to the loss or the gradients; better not to pass them at all. Gradients are formed chunk by
     chunk in the forward pass (as in Liger Kernel and Cut Cross Entropy), so memory is one chunk of logits instead of N x V, and
-    nothing is computed twice. Products run in the operands' dtype, everything after them in float32.
+    nothing is computed twice. Products run in the operands' dtype, everything after them in float32. The backward pass hands the
+    gradients out instead of copying them, so it runs once.
 
     Args:
         hidden: (N, D).
@@ -32,8 +34,16 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_s
     if hidden.device.type != "meta" and torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16 and not has_bf16_products():
+        hidden, weight = hidden.float(), weight.float()  # a hundred times faster there, and more exact
     chunk_size = chunk_size or max(1, CHUNK_ELEMENTS.get(hidden.device.type, 1 << 22) // weight.shape[0])
     return _LinearCrossEntropy.apply(hidden, weight, labels, chunk_size)  # type: ignore[no-any-return]
+
+
+@lru_cache
+def has_bf16_products() -> bool:
+    """Whether this processor multiplies bfloat16 matrices: without AVX-512 or its like PyTorch does so element by element."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -44,35 +54,51 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=precision, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=precision) if need_weight else None
+        shape = min(chunk_size, len(hidden)), len(weight)
+        # One buffer for all chunks: each new one would have to be cleared by the system.
+        all_products = hidden.new_empty(shape)
+        widened = hidden.dtype != precision
+        all_logits = hidden.new_empty(shape, dtype=precision) if widened else all_products
         for start in range(0, len(hidden), chunk_size):
             rows = slice(start, start + chunk_size)
-            h, label = hidden[rows], labels[rows]
-            kept = (label != IGNORE_INDEX)[:, None]  # (C, 1)
-            target = label.clamp(min=0)[:, None]
-            logits = (h @ weight.T).to(precision)  # (C, V)
-            log_norm = logits.logsumexp(dim=-1, keepdim=True)
-            loss += ((log_norm - logits.gather(1, target)) * kept).sum()
-            if grad_hidden is None and grad_weight is None:
-                continue
-            probabilities = logits.sub_(log_norm).exp_()
-            probabilities.scatter_add_(1, target, torch.full_like(log_norm, -1.0))
-            grad_logits = probabilities.mul_(kept).to(h.dtype)  # softmax - onehot
+            h = hidden[rows]
+            products, logits = all_products[: len(h)], all_logits[: len(h)]  # (C, V)
+            torch.mm(h, weight.T, out=products)
+            if widened:
+                logits.copy_(products)
+            loss += _sum_and_gradient(logits, labels[rows])
+            if widened:
+                products.copy_(logits)
             if grad_hidden is not None:
-                torch.mm(grad_logits, weight, out=grad_hidden[rows])
-            if grad_weight is not None:
-                grad_weight += grad_logits.T @ h
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
+                torch.mm(products, weight, out=grad_hidden[rows])
+            if grad_weight is not None and widened:
+                grad_weight += products.T @ h
+            elif grad_weight is not None:
+                grad_weight.addmm_(products.T, h)
+        ctx.gradients, ctx.weight_dtype = (grad_hidden, grad_weight), weight.dtype
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         (upstream,) = grad_outputs
-        grad_hidden, grad_weight = ctx.saved_tensors
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "linear_cross_entropy has handed its gradients out: compute the loss anew for a second backward pass"
+            )
+        grad_hidden, grad_weight = ctx.gradients
+        ctx.gradients = None
         if grad_hidden is not None:
-            grad_hidden = (grad_hidden * upstream.expand(1)).to(
-                grad_hidden.dtype
-            )  # a (1,) factor is not rounded to bf16
+            grad_hidden.mul_(upstream.expand(1))  # a (1,) factor is not rounded to bf16
         if grad_weight is not None:
-            grad_weight = (grad_weight * upstream).to(ctx.weight_dtype)
+            grad_weight = grad_weight.mul_(upstream).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None
+
+
+def _sum_and_gradient(logits: Tensor, labels: Tensor) -> Tensor:
+    """The loss of a chunk, summed; `logits` (C, V) become its gradient, softmax - onehot, in place: one exponential and no second chunk."""
+    kept = (labels != IGNORE_INDEX)[:, None].to(logits.dtype)  # (C, 1)
+    target = labels.clamp(min=0)[:, None]
+    largest, aimed_at = logits.amax(dim=-1, keepdim=True), logits.gather(1, target)
+    norm = logits.sub_(largest).exp_().sum(dim=-1, keepdim=True)
+    logits.mul_(kept / norm).scatter_add_(1, target, -kept)
+    return ((norm.log() + largest - aimed_at) * kept).sum()

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmctx.objectives.linear_cross_entropy import linear_cross_entropy
+from mmctx.objectives.linear_cross_entropy import _LinearCrossEntropy, linear_cross_entropy
 from mmctx.pack import IGNORE_INDEX
 
 
@@ -25,7 +25,7 @@ def problem(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 )
 def test_equals_cross_entropy(dtype: torch.dtype, tolerance: float, chunk_size: int) -> None:
     hidden, weight, labels = problem(dtype)
-    got = linear_cross_entropy(hidden, weight, labels, chunk_size)
+    got = _LinearCrossEntropy.apply(hidden, weight, labels, chunk_size)  # which multiplies in bf16 on any processor
     logits = hidden @ weight.T
     logits = logits if dtype == torch.float64 else logits.float()
     want = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
@@ -39,6 +39,18 @@ def test_equals_cross_entropy(dtype: torch.dtype, tolerance: float, chunk_size: 
         torch.testing.assert_close(ours / scale, theirs / scale, rtol=0, atol=tolerance)
 
 
+def test_bf16_is_exact_whatever_the_processor_multiplies() -> None:
+    hidden, weight, labels = problem(torch.bfloat16)
+    got = linear_cross_entropy(hidden, weight, labels)
+    got.backward()
+    want = F.cross_entropy(hidden.double() @ weight.double().T, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    torch.testing.assert_close(
+        got.double(), want, rtol=1e-3, atol=0
+    )  # logits of 15 may be rounded to bf16, sums may not
+    assert hidden.grad is not None
+    assert hidden.grad.dtype == torch.bfloat16
+
+
 def test_ignored_rows_get_no_gradient() -> None:
     hidden, weight, labels = problem(torch.float32)
     (grad,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels), hidden)
@@ -50,6 +62,14 @@ def test_without_gradients_nothing_is_kept() -> None:
     hidden, weight, labels = problem(torch.float32)
     loss = linear_cross_entropy(hidden.detach(), weight.detach(), labels)
     assert not loss.requires_grad
+
+
+def test_second_backward_is_refused() -> None:
+    hidden, weight, labels = problem(torch.float32)
+    loss = linear_cross_entropy(hidden, weight, labels)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="compute the loss anew"):
+        loss.backward()
 
 
 def test_under_autocast_products_run_in_bf16_and_gradients_return_in_fp32() -> None:

@@ -1,0 +1,74 @@
+"""The sides of `cross_entropy.py`; as a script, one of them in a process of its own, whose peak memory is measured.
+
+    python benchmarks/sides/cross_entropy_side.py SIDE DTYPE ROWS WIDTH VOCABULARY
+
+Shapes: N tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import re
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmctx.objectives.linear_cross_entropy import has_bf16_products, linear_cross_entropy
+
+
+def naive(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Whole logits, widened as Transformers does."""
+    if hidden.dtype == torch.bfloat16 and not has_bf16_products():
+        # PyTorch's own product would take half an hour: this one has the same memory at its peak and is as fast as it can be.
+        logits = F.linear(hidden.float(), weight.float()).bfloat16()
+    else:
+        logits = F.linear(hidden, weight)  # (N, V)
+    return F.cross_entropy(logits.float(), labels, reduction="sum")
+
+
+def torchs_own(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """PyTorch's chunked loss (2.13 and newer), chunks as it chooses them."""
+    return F.linear_cross_entropy(hidden, weight, labels, reduction="sum", options=torch.nn.LinearCrossEntropyOptions())
+
+
+SIDES = {"naive": naive, "torch": torchs_own, "ours": linear_cross_entropy}
+
+
+def problem(dtype: torch.dtype, rows: int, width: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states (N, D), a head (V, D) and labels (N,). Values are bf16 numbers in any type, so that all types have one right loss."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, width, generator=generator).bfloat16().to(dtype)
+    weight = (torch.randn(vocabulary, width, generator=generator) * 2 / width**0.5).bfloat16().to(dtype)
+    labels = torch.randint(0, vocabulary, (rows,), generator=generator)
+    return hidden.requires_grad_(), weight.requires_grad_(), labels
+
+
+def memory_mib(name: str) -> float:
+    """`VmRSS` or its peak `VmHWM` of this process."""
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) / 1024
+
+
+def main() -> None:
+    side, dtype, *shape = sys.argv[1:]
+    torch.set_num_threads(1)
+    rows, width, vocabulary = map(int, shape)
+    hidden, weight, labels = problem(getattr(torch, dtype), rows, width, vocabulary)
+    SIDES[side](hidden[:2], weight[:64], labels[:2] % 64).backward()  # loads the kernels
+    hidden.grad = weight.grad = None
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = memory_mib("VmRSS")
+    SIDES[side](hidden, weight, labels).backward()
+    print(json.dumps({"peak_mib": memory_mib("VmHWM") - before}))
+
+
+if __name__ == "__main__":
+    main()
