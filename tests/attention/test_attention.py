@@ -13,7 +13,7 @@ from parity import assert_equals_reference, make_inputs, run
 from torch import Tensor
 
 from mmctx.attention import BACKENDS, Request, attention, select_backend
-from mmctx.attention.certify import CASES, TOLERANCES
+from mmctx.attention.cases import CASES, TOLERANCES
 from mmctx.attention.reference import attention_mask, reference_attention
 from mmctx.errors import BackendError
 from mmctx.layout import DocumentLayout

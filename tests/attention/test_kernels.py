@@ -8,7 +8,7 @@ from parity import assert_equals_reference, make_inputs, run
 from torch import Tensor
 
 from mmctx.attention import BACKENDS, Backend, Request, attention, flash, torch_varlen
-from mmctx.attention.certify import CASES, TOLERANCES
+from mmctx.attention.cases import CASES, TOLERANCES
 from mmctx.attention.reference import reference_attention
 from mmctx.layout import DocumentLayout
 
