@@ -39,6 +39,7 @@ FREE_TO_CHANGE = (
     "train.audit",
     "train.tensorboard",
     "train.num_threads",
+    "train.deterministic",
     "data",
     "schedule",
     "model.transformer.attention",

@@ -77,6 +77,8 @@ class TrainConfig(StrictModel):
     """Write TensorBoard events beside metrics.jsonl."""
     num_threads: int | None = None
     """CPU threads of torch; null leaves torch's choice."""
+    deterministic: bool = False
+    """The same bits from the same batch: only operations and attention backends whose backward pass is deterministic. Slower on a GPU."""
 
 
 class RunConfig(StrictModel):

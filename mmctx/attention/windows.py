@@ -18,7 +18,7 @@ _MIN_BLOCK = 128
 _ALIGNMENT = 8  # fused CUDA kernels want masks whose rows are a multiple of this
 
 DenseCall = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""`(q (B, Hq, m, d), k and v (B, Hk, n, d), mask (m, n) bool) -> (B, Hq, m, d)`."""
+"""`(q (B, Hq, m, d), k and v (B, Hk, n, d), mask (m, n) to be added) -> (B, Hq, m, d)`."""
 
 
 def is_worth_blocks(length: int, window: int) -> bool:
@@ -43,7 +43,9 @@ def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, window: int, causal: bool,
     # Positions count from the first key that an inner block reaches, so that one mask serves every block. They are made
     # on the device: a copy from the host would wait for it in every layer.
     positions = torch.arange(before + size + after, device=q.device)
-    mask = band(positions[before : before + size], positions, window, causal)
+    seen = band(positions[before : before + size], positions, window, causal)
+    # Added to the scores: of a bool mask PyTorch would make and keep such a tensor in every call.
+    mask = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, -torch.inf)
     blocks = zip(starts, spans, q.split(size, dim=2), _Spans.apply(k, spans), _Spans.apply(v, spans), strict=True)
     outputs = []
     for start, (first, _), query, keys, values in blocks:
