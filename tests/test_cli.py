@@ -94,7 +94,7 @@ def test_plan_index_and_doctor(config: Path, corpus: Path) -> None:
         run("data", "index", corpus / "triples-*.tar", "--tokenizer", corpus / "tokenizer", "--json").stdout
     )
     assert answer["samples"] == 48
-    answer = json.loads(run("doctor", "--json").stdout)
+    answer = json.loads(run("doctor", "--json", "--no-record", "--no-timing").stdout)
     sdpa = [b for b in answer["backends"] if b["backend"] == "sdpa"]
     assert sdpa
     assert all(b["passed"] for b in sdpa)

@@ -42,6 +42,7 @@ FREE_TO_CHANGE = (
     "train.activations",
     "train.compile",
     "train.sequence_parallel",
+    "train.deterministic",
     "data",
     "schedule",
     "model.transformer.attention",

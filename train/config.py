@@ -84,6 +84,8 @@ class TrainConfig(StrictModel):
     """CPU threads of torch; null leaves torch's choice."""
     sequence_parallel: int = Field(default=1, ge=1)
     """Processes that share each bin, token by token; it must divide the transformer's `num_heads` and the number of processes."""
+    deterministic: bool = False
+    """The same bits from the same batch: only operations and attention backends whose backward pass is deterministic. Slower on a GPU."""
 
 
 class RunConfig(StrictModel):

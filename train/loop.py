@@ -13,17 +13,20 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
+from mmctx.attention.resolve import Resolution
 from mmctx.config import dump_config
 from mmctx.datasets.assemble import RunData
 from mmctx.datasets.fetch import StepSampler, make_loader
 from mmctx.datasets.planning.order import derive_key
 from mmctx.datasets.planning.plan import Plan, share_out
 from mmctx.datasets.shards.quarantine import write_quarantine
+from mmctx.determinism import deterministic_algorithms
 from mmctx.fingerprint import as_signed, bin_fingerprint, combine, show
 from mmctx.model import MmctxModel
 from mmctx.objectives import LossSum
 from mmctx.pack import PackedBatch
 from mmctx.parallel.mesh import Mesh, build_mesh
+from mmctx.train.attention import settled_attention
 from mmctx.train.audit import audit_before_training
 from mmctx.train.build import build_model
 from mmctx.train.checkpoint import (
@@ -83,22 +86,28 @@ def train(config: RunConfig) -> TrainResult:
     check_run(config)
     if config.train.num_threads:
         torch.set_num_threads(config.train.num_threads)
+    with deterministic_algorithms(config.train.deterministic):  # before anything runs on a GPU
+        return _train(config)
+
+
+def _train(config: RunConfig) -> TrainResult:
     accelerator = Accelerator(
         mixed_precision="bf16" if config.train.precision == "bf16" else "no", cpu=not torch.cuda.is_available()
     )
     try:
-        sitting = _sit_down(config, accelerator)
-        try:
-            return sitting.run()
-        finally:
-            sitting.close()
+        with settled_attention(config, accelerator) as attention:
+            sitting = _sit_down(config, accelerator, attention)
+            try:
+                return sitting.run()
+            finally:
+                sitting.close()
     finally:
         # A notebook may train again with another precision; accelerate keeps its state for the whole process.
         accelerator.end_training()
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def _sit_down(config: RunConfig, accelerator: Accelerator) -> Sitting:
+def _sit_down(config: RunConfig, accelerator: Accelerator, attention: Resolution) -> Sitting:
     """Data, model and optimizer, as the newest checkpoint left them."""
     size = config.train.sequence_parallel
     mesh = build_mesh(accelerator.device.type, accelerator.process_index, accelerator.num_processes, size)
@@ -113,7 +122,7 @@ def _sit_down(config: RunConfig, accelerator: Accelerator) -> Sitting:
     model = build_model(shape, len(next(iter(course.values())).tokenizer))
     optimizer = build_optimizer(model, config.train.optimizer)
     state = resume(run_dir, config, model, optimizer)
-    return Sitting(config, accelerator, mesh, run_dir, course, model, optimizer, state)
+    return Sitting(config, accelerator, mesh, attention, run_dir, course, model, optimizer, state)
 
 
 class Sitting:
@@ -124,6 +133,7 @@ class Sitting:
         config: RunConfig,
         accelerator: Accelerator,
         mesh: Mesh,
+        attention: Resolution,
         run_dir: Path,
         course: dict[int, RunData],
         model: MmctxModel,
@@ -131,6 +141,7 @@ class Sitting:
         state: TrainerState | None,
     ) -> None:
         self.config, self.accelerator, self.mesh, self.run_dir, self.course = config, accelerator, mesh, run_dir, course
+        self.attention = attention
         self.state = state or TrainerState(planned_steps=config.steps)
         self.stages, self.steps = config.stages, config.steps
         self.raw_model = model
@@ -347,11 +358,12 @@ class Sitting:
                 self.bar.say(f"{name} is {steps}, was {state.planned_steps}: the learning rate follows the new length")
                 state.planned_steps = steps
         dump_config(self.config, self.run_dir / "config.yaml")
-        manifest = write_manifest(self.run_dir, self.raw_model, plan, self.accelerator)
+        manifest = write_manifest(self.run_dir, self.raw_model, plan, self.accelerator, self.attention)
         self.bar.say(
             f"{self.run_dir}: {manifest['parameters']:,} parameters, {plan.num_samples:,} samples, "
             f"{plan.samples_per_step:.3g} of them a step"
         )
+        self.bar.say(self.attention.describe(self.config.train.deterministic))
         for warning in explain_left_out(plan, self.data):
             self.bar.say(warning)
 

@@ -23,7 +23,8 @@ def estimate_memory(config: RunConfig, batch: PackedBatch, vocab_size: int) -> d
 
     The step is a later one: AdamW's moments exist, and gradients too if the process takes several bins a step. The batches of a step and
     of the one before it are counted as large as this one. Not counted are the libraries themselves, what kernels allocate inside, data
-    loaders, and DDP's buckets, which take the gradients' size once more. With sequence parallel, activations are those of the first process's part.
+    loaders, and DDP's buckets, which take the gradients' size once more. With sequence parallel, activations are those of one process's
+    part.
 
     Returns:
         `weights`, `gradients`, `optimizer`, `batches`, then activations by the module that they belong to (`image`, `audio`, `trunk`,

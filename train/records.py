@@ -17,6 +17,7 @@ from typing import Any, TextIO
 from accelerate import Accelerator
 from torch import Tensor
 
+from mmctx.attention.resolve import Resolution
 from mmctx.datasets.assemble import RunData
 from mmctx.datasets.planning.plan import Plan
 from mmctx.datasets.shards.contents import REASONS
@@ -177,7 +178,9 @@ class SkipLedger:
         self._lines.close()
 
 
-def write_manifest(run_dir: Path, model: MmctxModel, plan: Plan, accelerator: Accelerator) -> dict[str, Any]:
+def write_manifest(
+    run_dir: Path, model: MmctxModel, plan: Plan, accelerator: Accelerator, attention: Resolution
+) -> dict[str, Any]:
     """What the run is made of and with, in `manifest.json`; also returned."""
     manifest = {
         "parameters": count_parameters(model),
@@ -186,6 +189,7 @@ def write_manifest(run_dir: Path, model: MmctxModel, plan: Plan, accelerator: Ac
         "samples_per_step": plan.samples_per_step,
         "processes": accelerator.num_processes,
         "device": str(accelerator.device),
+        "attention": attention.to_json(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("mmctx", "torch", "accelerate", "transformers", "timm")},
     }

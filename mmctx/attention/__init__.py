@@ -17,16 +17,19 @@ import torch
 from torch import Tensor
 
 from mmctx.attention.backend import Backend, Request
+from mmctx.attention.choice import Choice, choice_in_use, current_choice
 from mmctx.attention.flash import FLASH2, FLASH4
+from mmctx.attention.flex import FLEX
+from mmctx.attention.hybrid import HYBRID
 from mmctx.attention.sdpa import SDPA
 from mmctx.attention.torch_varlen import TORCH_VARLEN
 from mmctx.errors import BackendError
 from mmctx.layout import DocumentLayout
 
-__all__ = ["BACKENDS", "Backend", "Request", "attention", "select_backend"]
+__all__ = ["BACKENDS", "Backend", "Request", "attention", "select_backend", "usable_backends"]
 
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (FLASH4, TORCH_VARLEN, FLASH2, SDPA)}
-"""Every backend by name, in the order in which "auto" tries them."""
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (FLASH4, TORCH_VARLEN, FLASH2, HYBRID, SDPA, FLEX)}
+"""Every backend by name, in the order in which "auto" tries them where no certificate has timed them."""
 
 
 def attention(
@@ -44,7 +47,7 @@ def attention(
         layout: the documents; what a backend derives from them is kept in `layout.cache` for the step's other layers.
         window: w keeps the keys i - w < j <= i of causal documents (the convention of Transformers' `sliding_window`,
             the query's own position included) and |i - j| < w of bidirectional ones; None keeps all.
-        backend: a name of `BACKENDS`, or "auto" for the first of them that can serve these tensors.
+        backend: a name of `BACKENDS`, or "auto": see `select_backend`.
 
     Returns:
         (T, Hq, d), of the type of q. Under autocast q, k and v are cast to its type first, as PyTorch's own attention does.
@@ -61,22 +64,32 @@ def attention(
         return q  # (0, Hq, d)
     if window is not None and window >= layout.max_seqlen:
         window = None  # no document is long enough to notice
-    request = Request(device=q.device, dtype=q.dtype, head_dim=q.shape[2], windowed=window is not None)
+    request = Request(
+        device=q.device,
+        dtype=q.dtype,
+        head_dim=q.shape[2],
+        windowed=window is not None,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
     return select_backend(backend, request).function(q, k, v, layout, window)
 
 
-@lru_cache(maxsize=256)
 def select_backend(name: str, request: Request) -> Backend:
-    """The backend called `name`, or the best one for "auto"; decided once for each kind of request.
+    """The backend called `name`, or for "auto" the fastest that passed certification here, if there is a certificate.
 
     Raises:
         BackendError: there is no such backend, or it cannot serve the request; says why and what to do.
     """
+    return _select(name, request, choice_in_use())
+
+
+@lru_cache(maxsize=256)
+def _select(name: str, request: Request, in_use: Choice | None) -> Backend:
+    """Decided once for each kind of request; `in_use` is here for the cache's key."""
     if name == "auto":
-        reasons = {backend.name: backend.why_not(request) for backend in BACKENDS.values()}
-        for candidate, reason in reasons.items():
-            if reason is None:
-                return BACKENDS[candidate]
+        usable, reasons = usable_backends(request)
+        if usable:
+            return BACKENDS[usable[0]]
         raise BackendError("no attention backend can run here: " + "; ".join(f"{n}: {r}" for n, r in reasons.items()))
     if name not in BACKENDS:
         raise BackendError(f"unknown attention backend {name!r}; use 'auto' or one of {', '.join(BACKENDS)}")
@@ -87,6 +100,17 @@ def select_backend(name: str, request: Request) -> Backend:
             "`mmctx doctor` lists them"
         )
     return BACKENDS[name]
+
+
+def usable_backends(request: Request) -> tuple[list[str], dict[str, str]]:
+    """What "auto" may take for a request, the best first, and why it may not take the others."""
+    choice = current_choice(request.device)
+    reasons = {}
+    for name, backend in BACKENDS.items():
+        reason = choice.why_not(name, request) or backend.why_not(request)
+        if reason is not None:
+            reasons[name] = reason
+    return choice.ordered([name for name in BACKENDS if name not in reasons], request), reasons
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, layout: DocumentLayout, window: int | None) -> None:

@@ -27,12 +27,14 @@ class Request:
         dtype: their type.
         head_dim: d.
         windowed: whether a sliding window is asked for.
+        deterministic: whether the backward pass must give the same bits each time (`torch.use_deterministic_algorithms`).
     """
 
     device: torch.device
     dtype: torch.dtype
     head_dim: int
     windowed: bool = False
+    deterministic: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ class Backend:
 
     Attributes:
         name: what users write as `backend=`.
-        function: does the work.
+        function: does the work; where PyTorch's deterministic mode is on, with a deterministic backward pass.
         why_not: why it cannot serve a request, with the remedy, or None where it can.
         note: one line on what it is good for.
     """

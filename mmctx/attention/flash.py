@@ -9,11 +9,13 @@ Shapes: T tokens, N documents, Hq query heads, Hk key and value heads, d head di
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mmctx.attention.backend import (
@@ -45,6 +47,18 @@ def _why_no_package(package: str, module: str, install: str) -> str | None:
     return None
 
 
+def _why_not_deterministic(request: Request, package: str, module: str) -> str | None:
+    """Why an installed kernel cannot be asked for a deterministic backward pass where the request wants one."""
+    if request.deterministic and "deterministic" not in inspect.signature(_kernel(module)).parameters:
+        return f"{package} {version(package)} has no deterministic backward pass; install a newer one"
+    return None
+
+
+def _options() -> dict[str, bool]:
+    """Said only when wanted: the oldest versions do not know the word."""
+    return {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
+
+
 def flash2_attention(q: Tensor, k: Tensor, v: Tensor, layout: DocumentLayout, window: int | None) -> Tensor:
     """q (T, Hq, d), k and v (T, Hk, d) -> (T, Hq, d), by FlashAttention-2."""
     kernel = _kernel("flash_attn")
@@ -61,6 +75,7 @@ def flash2_attention(q: Tensor, k: Tensor, v: Tensor, layout: DocumentLayout, wi
             max_seqlen_k=max_seqlen,
             causal=causal,
             window_size=(reach, 0 if causal else reach),
+            **_options(),
         )
 
     return causal_then_bidirectional(q, k, v, layout, call)
@@ -82,6 +97,7 @@ def flash4_attention(q: Tensor, k: Tensor, v: Tensor, layout: DocumentLayout, wi
             max_seqlen_k=max_seqlen,
             causal=causal,
             window_size=(reach, 0 if causal else reach),
+            **_options(),
         )
         # The 4.0 betas return (out, lse) whether or not lse was asked for.
         return result[0] if isinstance(result, tuple) else result
@@ -90,18 +106,22 @@ def flash4_attention(q: Tensor, k: Tensor, v: Tensor, layout: DocumentLayout, wi
 
 
 def _why_not_flash2(request: Request) -> str | None:
-    return why_no_fused_kernel(request, majors=(8, 9)) or _why_no_package(
-        "flash-attn", "flash_attn", "pip install flash-attn --no-build-isolation"
+    return (
+        why_no_fused_kernel(request, majors=(8, 9))
+        or _why_no_package("flash-attn", "flash_attn", "pip install flash-attn --no-build-isolation")
+        or _why_not_deterministic(request, "flash-attn", "flash_attn")
     )
 
 
 def _why_not_flash4(request: Request) -> str | None:
-    reason = why_no_fused_kernel(request, majors=(9, 10, 11))  # on 8.x it has no backward
+    reason = why_no_fused_kernel(request, majors=(9, 10, 11))  # on 8.x it has no backward, on 12.x no deterministic one
     if reason is not None:
         return reason
     if compute_capability(request.device)[0] > 9 and request.head_dim > 128 and request.head_dim != 256:
         return f"on Blackwell it needs a head dimension up to 128, or 256; found {request.head_dim}"
-    return _why_no_package("flash-attn-4", "flash_attn.cute", "pip install 'mmctx[flash]'")
+    return _why_no_package("flash-attn-4", "flash_attn.cute", "pip install 'mmctx[flash]'") or _why_not_deterministic(
+        request, "flash-attn-4", "flash_attn.cute"
+    )
 
 
 FLASH2 = Backend(

@@ -11,12 +11,14 @@ Hq query heads, Hk key and value heads, d head dimension.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mmctx.attention.backend import Backend, Request
+from mmctx.attention.windows import attend_in_blocks, band, is_worth_blocks
 from mmctx.layout import DocumentLayout
 
 # A shorter document joins a bucket while it keeps padding small ...
@@ -25,8 +27,6 @@ _MIN_FILL = 0.8
 # CPU: measured, 0.1 ms against 0.04 us a pair (4 heads of 48). Elsewhere: a launch costs as much as far more pairs.
 _CALL_IN_PAIRS = {"cpu": 2048}
 _CALL_IN_PAIRS_ELSEWHERE = 1 << 18
-# Queries of long documents under a window go in blocks of the window's size, but not in smaller ones than this.
-_MIN_BLOCK = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,28 +122,10 @@ def _attend_bucket(q: Tensor, k: Tensor, v: Tensor, bucket: _Bucket, window: int
     """q (B * L, Hq, d), k and v (B * L, Hk, d) -> (B * L, Hq, d)."""
     q, k, v = (x.unflatten(0, (bucket.count, bucket.length)).transpose(1, 2) for x in (q, k, v))  # (B, H, L, d)
     if bucket.blocked and window is not None:
-        out = _attend_in_blocks(q, k, v, window, bucket.causal)
+        out = attend_in_blocks(q, k, v, window, bucket.causal, partial(_sdpa, causal=bucket.causal))
     else:
         out = _sdpa(q, k, v, bucket.mask, bucket.causal)
     return out.transpose(1, 2).flatten(0, 1)
-
-
-def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, window: int, causal: bool) -> Tensor:
-    """Windowed attention, (B, Hq, L, d): each block of queries sees its own block of keys and the neighbouring ones."""
-    size = max(window, _MIN_BLOCK)
-    q_blocks, k_blocks, v_blocks = (x.split(size, dim=2) for x in (q, k, v))
-    # Positions count from the start of the block before the queries', so that one mask serves every block. They are made
-    # on the device: a copy from the host would wait for it in every layer.
-    positions = torch.arange(3 * size, device=q.device)
-    band = _band(positions[size : 2 * size], positions, window, causal)
-    outputs = []
-    for index, query in enumerate(q_blocks):
-        first, last = max(index - 1, 0), min(index + (1 if causal else 2), len(q_blocks))
-        keys, values = (torch.cat(blocks[first:last], dim=2) for blocks in (k_blocks, v_blocks))
-        offset = (first - index + 1) * size
-        mask = band[: query.shape[2], offset : offset + keys.shape[2]]
-        outputs.append(_sdpa(query, keys, values, mask, causal))
-    return torch.cat(outputs, dim=2)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -155,12 +137,6 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) ->
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal and mask is None, enable_gqa=grouped
     )
-
-
-def _band(queries: Tensor, keys: Tensor, window: int, causal: bool) -> Tensor:
-    """(len(queries), len(keys)) bool: which key positions lie in the window of which query positions."""
-    distance = queries[:, None] - keys[None, :]
-    return (distance >= 0) & (distance < window) if causal else distance.abs() < window
 
 
 def _make_plan(layout: DocumentLayout, window: int | None, device: torch.device) -> _Plan:
@@ -182,7 +158,7 @@ def _make_plan(layout: DocumentLayout, window: int | None, device: torch.device)
         # Padding repeats the last token of the same document: a finite document stays finite, and none sees another.
         token_of_slot.append((starts[group][:, None] + torch.minimum(column, own - 1)).flatten())
         is_token.append((column < own).flatten())
-        causal, blocked = group[0] < layout.num_causal, window is not None and longest > 2 * max(window, _MIN_BLOCK)
+        causal, blocked = group[0] < layout.num_causal, window is not None and is_worth_blocks(longest, window)
         mask = None if blocked else _bucket_mask(own, longest, causal, window)
         if mask is not None:
             mask = mask.to(device, non_blocking=True)
@@ -214,17 +190,17 @@ def _bucket_mask(own: Tensor, longest: int, causal: bool, window: int | None) ->
     """The mask of documents of `own` (B, 1) lengths padded to `longest`; None where `is_causal` alone says it all."""
     column = torch.arange(longest)
     padded = bool((own < longest).any())
-    band = None
+    in_window = None
     if window is not None and window < longest:
-        band = _band(column, column, window, causal)[None, None]  # (1, 1, L, L)
+        in_window = band(column, column, window, causal)[None, None]  # (1, 1, L, L)
     if causal or not padded:
-        return band  # a causal query never reaches the padding, which lies after it
+        return in_window  # a causal query never reaches the padding, which lies after it
     in_document = (column < own)[:, None, None, :]  # (B, 1, 1, L)
-    if band is None:
+    if in_window is None:
         return in_document
     # A query that is padding itself may lie further than the window from every token. It sees padding, so that its row
     # is not empty and no NaN enters the backward; its output goes nowhere.
-    return band & (in_document | ~in_document.transpose(2, 3))
+    return in_window & (in_document | ~in_document.transpose(2, 3))
 
 
 def _why_not(request: Request) -> str | None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from mmctx.cli import audit, build, convert, data, runs
+from mmctx.cli import audit, build, convert, data, doctor, runs
 from mmctx.errors import MmctxError
 
 app = typer.Typer(
@@ -26,7 +26,7 @@ for name, command in {
     "eval": runs.evaluate,
     "plan": runs.plan,
     "replay": runs.replay,
-    "doctor": runs.doctor,
+    "doctor": doctor.doctor,
     "audit": audit.audit,
 }.items():
     app.command(name)(command)

@@ -1,4 +1,4 @@
-"""Commands about runs: train, eval, plan, replay, doctor."""
+"""Commands about runs: train, eval, plan, replay."""
 
 from __future__ import annotations
 
@@ -99,17 +99,6 @@ def replay(
         raise typer.Exit(1)
 
 
-def doctor(as_json: Json = False) -> None:
-    """Check every attention backend against a dense float64 reference and name the fastest that passes."""
-    from mmctx.attention.certify import certify, choose
-
-    certificates = certify()
-    answer = {"choice": choose(certificates), "backends": [certificate.to_json() for certificate in certificates]}
-    print_answer(answer, as_json, _doctor_table(answer))
-    if any(certificate.usable and not certificate.passed for certificate in certificates):
-        raise typer.Exit(1)
-
-
 def _summary(answer: dict[str, Any]) -> str:
     results = dict(answer.get("results", {}))
     if "caption" in results:
@@ -127,14 +116,3 @@ def _recall_summary(recall: dict[str, Any]) -> dict[str, Any]:
         for stage in recall.get("stages", ())
     }
     return now | stages
-
-
-def _doctor_table(answer: dict[str, Any]) -> str:
-    lines = []
-    for backend in answer["backends"]:
-        reason = backend["why_not"] or ""
-        verdict = (
-            "certified" if backend["passed"] else f"FAILED {reason}" if backend["usable"] else f"cannot run: {reason}"
-        )
-        lines.append(f"{backend['backend']:<14} {backend.get('dtype') or '':<10} {verdict}")
-    return "\n".join([*lines, f"fastest certified: {answer['choice']}"])

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity import assert_equals_reference, make_inputs, run
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmctx.attention import BACKENDS, Request, attention, select_backend
-from mmctx.attention.certify import CASES, TOLERANCES
+from mmctx.attention.cases import CASES, TOLERANCES
 from mmctx.attention.reference import attention_mask, reference_attention
 from mmctx.errors import BackendError
 from mmctx.layout import DocumentLayout
@@ -31,7 +32,7 @@ RUNS_ON_CPU = [
 @pytest.mark.parametrize("backend", RUNS_ON_CPU)
 def test_equals_reference(backend, case, dtype):
     layout = DocumentLayout.from_lengths(case.lengths, case.num_causal)
-    heads = {"num_heads": case.num_heads, "num_kv_heads": case.num_kv_heads}
+    heads = {"num_heads": case.num_heads, "num_kv_heads": case.num_kv_heads, "head_dim": case.head_dim}
     assert_equals_reference(layout, case.window, backend, TOLERANCES[dtype], dtype=dtype, **heads)
 
 
@@ -52,6 +53,41 @@ def test_long_documents_in_window_blocks(window, num_causal):
     """257 and 500 tokens take several blocks with a part of one at the end; equal lengths share the blocks' calls."""
     layout = DocumentLayout.from_lengths((500, 257, 257, 5), num_causal)
     assert_equals_reference(layout, window, "sdpa", 1e-12, num_heads=2, num_kv_heads=1, head_dim=4)
+
+
+@pytest.mark.parametrize("num_causal", [0, 1])
+def test_work_under_a_window_grows_with_the_length(num_causal):
+    """Counted on the meta device: twice the tokens, twice the work, and far less than without the window."""
+
+    def flops(length: int, window: int | None) -> int:
+        layout = DocumentLayout.from_lengths((length,), num_causal, device="meta")
+        q, k, v = (torch.randn(length, 2, 16, device="meta", requires_grad=True) for _ in range(3))
+        with FlopCounterMode(display=False) as counter:
+            attention(q, k, v, layout, window=window, backend="sdpa").sum().backward()
+        return counter.get_total_flops()
+
+    short, middle, long = (flops(length, 64) for length in (2048, 4096, 8192))
+    assert long - middle == 2 * (middle - short)  # the edges, which have fewer neighbours, cancel out
+    assert long < flops(8192, None) / 15
+
+
+def test_windowed_memory_grows_with_the_length():
+    """What is kept for the backward pass: keys and values once, not once for each block that reads them."""
+    layout = DocumentLayout.from_lengths((4096,), 1)
+    q, k, v, _ = make_inputs(layout, num_heads=2, num_kv_heads=2, dtype=torch.float32)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = attention(q, k, v, layout, window=256, backend="sdpa")
+    assert out.shape == q.shape
+    size = q.untyped_storage().nbytes()
+    assert (
+        sum(kept.values()) < 6 * size + 128 * 384 * 4
+    )  # q, k, v, the output, a number a row, and one mask for all blocks
 
 
 def test_window_counts_the_own_position():

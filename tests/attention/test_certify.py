@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from mmctx.attention import BACKENDS, Backend
-from mmctx.attention.certify import CASES, TOLERANCES, Certificate, certify, certify_backend, choose
+from mmctx.attention.cases import CASES, TOLERANCES
+from mmctx.attention.certify import Certificate, certify, certify_backend, choose
 from mmctx.attention.reference import reference_attention
+from mmctx.attention.timing import PROFILES, draw_lengths, first_that_stays_faster
 from mmctx.errors import BackendError
 from mmctx.layout import DocumentLayout
 
@@ -98,16 +100,62 @@ def test_what_is_right_passes(dtype):
 
 
 def test_report_of_this_machine():
-    certificates = certify("cpu", dtypes=(torch.float32,))
+    report = certify("cpu", dtypes=(torch.float32,))
+    certificates = report.certificates
     assert [certificate.backend for certificate in certificates] == list(BACKENDS)
     by_name = {certificate.backend: certificate for certificate in certificates}
-    assert by_name["sdpa"].passed
-    assert (by_name["sdpa"].milliseconds or 0) > 0
+    sdpa = by_name["sdpa"]
+    assert sdpa.passed
+    assert sdpa.same_bits
+    assert sdpa.milliseconds.keys() == PROFILES.keys()
+    assert min(sdpa.milliseconds.values()) > 0
     assert not by_name["torch_varlen"].usable
     assert "CUDA" in (by_name["torch_varlen"].why_not or "")
+    assert "no backward" in (by_name["flex"].why_not or "")
     assert choose(certificates) == "sdpa"
     tree = json.loads(json.dumps([certificate.to_json() for certificate in certificates], allow_nan=False))
-    assert tree[-1]["results"][0]["case"] == "causal"
+    assert tree[list(BACKENDS).index("sdpa")]["results"][0]["case"] == "causal"
+    assert [entry.backend for entry in report.record().entries] == ["sdpa"]  # those that say they can run
+
+
+def test_cases_cover_what_the_issue_names():
+    """Every pattern, and both sides of a window's edges: a later edit must not thin them out unseen."""
+    windows = {(c.window == 1, c.window == max(c.lengths), c.window == max(c.lengths) - 1) for c in CASES if c.window}
+    assert {(True, False, False), (False, True, False), (False, False, True)} <= windows
+    for windowed in (False, True):
+        of_kind = [c for c in CASES if (c.window is not None) == windowed]
+        assert any(c.num_causal == len(c.lengths) for c in of_kind)
+        assert any(c.num_causal == 0 for c in of_kind)
+        assert any(0 < c.num_causal < len(c.lengths) for c in of_kind)
+        assert any(c.num_heads != c.num_kv_heads for c in of_kind)
+    assert any(c.lengths.count(1) > 3 for c in CASES)
+    assert {32, 64, 96, 128, 256} <= {c.head_dim for c in CASES}
+
+
+def test_different_bits_in_the_backward_pass_are_noticed():
+    generator = torch.Generator()
+
+    def unsteady(q, k, v, layout, window):
+        noise = 1 + 1e-7 * torch.rand(1, generator=generator)
+        return dense(q * noise, k, v, layout, window)
+
+    certificate = certify_backend(plant(unsteady), CPU, torch.float32, timing=False)
+    assert certificate.passed  # right within the tolerance
+    assert certificate.same_bits is False
+
+
+def test_profiles_fill_the_batch_and_change():
+    for profile in PROFILES.values():
+        drawn = [draw_lengths(profile, 4096, seed) for seed in range(4)]
+        assert all(sum(lengths) == 4096 for lengths, _ in drawn)
+        assert all(min(lengths) >= 1 and 0 < causal <= len(lengths) for lengths, causal in drawn)
+    assert len({tuple(draw_lengths(PROFILES["mixed"], 4096, seed)[0]) for seed in range(4)}) == 4
+
+
+def test_crossover_is_where_long_stays_faster():
+    assert first_that_stays_faster((1, 2, 4, 8), (5, 1, 2, 3), (4, 4, 4, 4)) == 2
+    assert first_that_stays_faster((1, 2, 4, 8), (1, 9, 2, 3), (4, 4, 4, 4)) == 4  # a lucky moment at 1 does not count
+    assert first_that_stays_faster((1, 2), (1, 9), (4, 4)) is None
 
 
 def test_a_kernel_that_raises_is_reported():
@@ -132,7 +180,8 @@ def certificate(
         tolerance=0.03,
         results=(),
         passed=passed,
-        milliseconds=milliseconds,
+        skipped={},
+        milliseconds={} if milliseconds is None else {"mixed": milliseconds},
         note="",
     )
 
