@@ -111,16 +111,18 @@ def write_round(length: int, rng: np.random.Generator) -> RecallDocument:
     count = int(rng.integers(3, 9))
     keys, values = rng.permutation(KEYS)[:count].tolist(), rng.permutation(VALUES)[:count].tolist()
     pieces: list[Piece] = []
-    number, is_next = 0, False
-    while len(pieces) < length - 1:
+    neighbours: set[tuple[str, str]] = set()
+
+    def add(word: str) -> None:
+        pair = (pieces[-1].word if pieces else "", word)
+        pieces.append(Piece(word, learned=pair in neighbours and pair[0] not in FILLER))
+        neighbours.add(pair)
+
+    for number in range(length):  # more than there is room for
         if rng.random() < _ROUND_FILLER:
             pieces.append(Piece(FILLER[rng.integers(len(FILLER))]))
-            is_next = False  # what comes after filler cannot be told
-            continue
-        known = number >= count
-        pieces.append(Piece(keys[number % count], learned=known and is_next))
-        pieces.append(Piece(values[number % count], learned=known))
-        number, is_next = number + 1, True
+        add(keys[number % count])
+        add(values[number % count])
     return RecallDocument(length, pieces[: length - 1], [])
 
 
