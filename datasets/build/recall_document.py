@@ -21,7 +21,7 @@ from mmctx.datasets.build.recall_words import CODE, FILLER, KEYS, KINDS, NAMES, 
 _SHARES = {"recall": 0.7, "needle": 0.15, "picture": 0.15}  # of kinds among stream facts
 _FILLER_SHARE = 0.2
 _ROUND_FILLER = 0.1  # before a fact of a warm-up document
-_MOST_ASKED = 8  # of each kind
+_MOST_ASKED = 64  # of each kind
 _TOKENS_PER_ASKED = 128  # a shorter document asks fewer
 
 
