@@ -21,7 +21,7 @@ from mmctx.datasets.build.recall_words import CODE, FILLER, KEYS, KINDS, NAMES, 
 _SHARES = {"recall": 0.7, "needle": 0.15, "picture": 0.15}  # of kinds among stream facts
 _FILLER_SHARE = 0.2
 _ROUND_FILLER = 0.1  # before a fact of a warm-up document
-_MOST_ASKED = 8  # of each kind
+_MOST_ASKED = 64  # of each kind
 _TOKENS_PER_ASKED = 128  # a shorter document asks fewer
 
 
@@ -111,16 +111,18 @@ def write_round(length: int, rng: np.random.Generator) -> RecallDocument:
     count = int(rng.integers(3, 9))
     keys, values = rng.permutation(KEYS)[:count].tolist(), rng.permutation(VALUES)[:count].tolist()
     pieces: list[Piece] = []
-    number, is_next = 0, False
-    while len(pieces) < length - 1:
+    neighbours: set[tuple[str, str]] = set()
+
+    def add(word: str) -> None:
+        pair = (pieces[-1].word if pieces else "", word)
+        pieces.append(Piece(word, learned=pair in neighbours and pair[0] not in FILLER))
+        neighbours.add(pair)
+
+    for number in range(length):  # more than there is room for
         if rng.random() < _ROUND_FILLER:
             pieces.append(Piece(FILLER[rng.integers(len(FILLER))]))
-            is_next = False  # what comes after filler cannot be told
-            continue
-        known = number >= count
-        pieces.append(Piece(keys[number % count], learned=known and is_next))
-        pieces.append(Piece(values[number % count], learned=known))
-        number, is_next = number + 1, True
+        add(keys[number % count])
+        add(values[number % count])
     return RecallDocument(length, pieces[: length - 1], [])
 
 
