@@ -16,6 +16,7 @@ from mmctx.cli import app
 from mmctx.config import build_config, load_config
 from mmctx.datasets.config import DataConfig
 from mmctx.train.config import RunConfig
+from mmctx.train.config import RunConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -56,10 +57,18 @@ def test_python_names_exist() -> None:
                 assert node.attr in mmctx.__all__
 
 
-def test_yaml_is_a_data_section() -> None:
-    (section,) = [yaml.safe_load(block) for language, block in BLOCKS if language == "yaml"]
-    config = build_config(DataConfig, section["data"], "README.md")
-    assert config.sources.keys() == section["data"]["sources"].keys()
+def test_yaml_holds_together() -> None:
+    """The data section is one, and the schedule fits it."""
+    sections = {name: part for lang, block in BLOCKS if lang == "yaml" for name, part in yaml.safe_load(block).items()}
+    assert sections.keys() == {"data", "schedule"}
+    config = build_config(DataConfig, sections["data"], "README.md")
+    assert config.sources.keys() == sections["data"]["sources"].keys()
+    names = {name for source in config.sources.values() for name in source.objectives}
+    kinds = {name: {"kind": name} for name in names}
+    run = {"run": {"name": "readme"}, "model": {}, "objectives": kinds} | sections
+    first, second = build_config(RunConfig, run, "README.md").stages
+    assert first.config.model.transformer.windows == (512, 512, None)
+    assert second.config.data.context_length == 32768
 
 
 def test_linked_files_exist() -> None:
