@@ -16,7 +16,6 @@ from mmctx.cli import app
 from mmctx.config import build_config, load_config
 from mmctx.datasets.config import DataConfig
 from mmctx.train.config import RunConfig
-from mmctx.train.config import RunConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

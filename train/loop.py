@@ -45,15 +45,15 @@ from mmctx.train.records import (
     Interval,
     Metrics,
     ProgressBar,
-    SkipLedger,
     announce_indexing,
     explain_left_out,
-    trim,
+    open_ledger,
     write_manifest,
 )
 from mmctx.train.segments import continue_segments, kept_quarantine, read_segments, write_segments
 from mmctx.train.stages import Stage, stage_of
 from mmctx.train.stop import StopOnSignal
+from mmctx.train.sums import Sums
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,10 @@ class Sitting:
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.saved = self.state.step
         self.bar = ProgressBar(self.steps, self.state.step, enabled=accelerator.is_main_process)
-        self.metrics: Metrics | None = None
-        self.ledger = self._open_records(last_step=state.step if state else -1)
+        last_step = state.step if state else -1
+        self.ledger = open_ledger(run_dir, config.data.skip_budget, last_step, accelerator)
+        self.metrics = Metrics(run_dir, last_step, config.train.tensorboard) if accelerator.is_main_process else None
+        self.sums = Sums(accelerator, mesh)
         self._enter(stage_of(self.stages, self.state.step))
         if accelerator.is_main_process:
             self._introduce(resumed=state is not None)
@@ -231,14 +233,15 @@ class Sitting:
         lr = learning_rate(step, self.steps, train.optimizer.lr, train.schedule) * self.stage.lr_factor
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        counts = self._global_counts(micro_batches)
+        counts = self.sums.predictions(self.raw_model.objectives, micro_batches)
+        weights = {name: objective.weight for name, objective in self.config.objectives.items()}
         for number, ((bin_number, _), batch) in enumerate(zip(mine, micro_batches, strict=True)):
             # Dropout is a function of (seed, step, bin): no generator state to save, and no dependence on ranks.
             torch.manual_seed(derive_key(self.config.train.seed, "dropout", step, bin_number) >> 1)
             last = number == len(micro_batches) - 1
             with nullcontext() if last else accelerator.no_sync(self.model):
                 losses: dict[str, LossSum] = self.model(mesh.shard(batch).to(accelerator.device))
-                accelerator.backward(self._combine(losses, counts))
+                accelerator.backward(self.sums.objective(losses, counts, weights))
             for name, loss in losses.items():
                 interval.totals[name] = interval.totals.get(name, 0) + loss.total.detach()
         interval.grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), self.config.train.optimizer.clip_norm)
@@ -246,30 +249,6 @@ class Sitting:
         self.optimizer.zero_grad(set_to_none=True)
         self._count(micro_batches, counts, interval)
         interval.newest = [(number, batch) for (number, _), batch in zip(mine, micro_batches, strict=True)]
-
-    def _combine(self, losses: Mapping[str, LossSum], counts: Mapping[str, int | Tensor]) -> Tensor:
-        """Weighted sum of means over the whole global step; times the ranks, because DDP averages gradients over them."""
-        parts = []
-        for name, loss in losses.items():
-            count = counts[name]
-            divisor = count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
-            parts.append(self.config.objectives[name].weight * loss.total / divisor)
-        return torch.stack(parts).sum() * self.accelerator.num_processes
-
-    def _global_counts(self, micro_batches: list[PackedBatch]) -> Mapping[str, int | Tensor]:
-        """Predictions of each objective in the whole global step. With several ranks they stay on the device: nobody waits for them."""
-        heads = self.raw_model.objectives
-        counts = {name: sum(head.count(batch) for batch in micro_batches) for name, head in heads.items()}  # type: ignore[operator]
-        if self.accelerator.num_processes == 1:
-            return counts
-        local = torch.tensor(self.mesh.once(list(counts.values()))).to(self.accelerator.device, non_blocking=True)
-        return dict(zip(counts, self.accelerator.reduce(local, reduction="sum").unbind(), strict=True))  # type: ignore[union-attr]
-
-    def _sum_over_ranks(self, numbers: list[int]) -> list[int]:
-        if self.accelerator.num_processes == 1:
-            return numbers
-        summed = self.accelerator.reduce(torch.tensor(numbers, device=self.accelerator.device), reduction="sum")
-        return summed.tolist()  # type: ignore[union-attr]
 
     def _count(self, micro_batches: list[PackedBatch], counts: Mapping[str, int | Tensor], interval: Interval) -> None:
         interval.add(micro_batches, counts)
@@ -285,7 +264,7 @@ class Sitting:
         state, config = self.state, self.config
         fingerprint = combine(bin_fingerprint(number, batch) for number, batch in interval.newest)
         mine = [interval.tokens, interval.samples, interval.bins, as_signed(fingerprint), *interval.by_reason()]
-        tokens, samples, bins, fingerprint, *by_reason = self._sum_over_ranks(self.mesh.once(mine))
+        tokens, samples, bins, fingerprint, *by_reason = self.sums.of_batches(mine)
         state.tokens += tokens
         state.samples += samples
         interval.add_reasons(by_reason, state.skips, state.left_out)
@@ -333,18 +312,7 @@ class Sitting:
         if self.accelerator.num_processes == 1:
             return stop.wished
         every = 1 if self.accelerator.device.type == "cpu" else min(self.config.train.log_every, 10)
-        return self.state.step % every == 0 and self._sum_over_ranks([int(stop.wished)])[0] > 0
-
-    def _open_records(self, last_step: int) -> SkipLedger:
-        """Ledger of this rank; on the main one metrics too. Lines after the checkpoint are dropped."""
-        accelerator, rank = self.accelerator, self.accelerator.process_index
-        if accelerator.is_main_process:
-            for path in self.run_dir.glob("skips-rank*.jsonl"):  # an earlier sitting may have had more ranks
-                trim(path, last_step)
-            self.metrics = Metrics(self.run_dir, last_step, self.config.train.tensorboard)
-        accelerator.wait_for_everyone()
-        name = "skips.jsonl" if rank == 0 else f"skips-rank{rank}.jsonl"
-        return SkipLedger(self.run_dir / name, self.config.data.skip_budget, last_step)
+        return self.state.step % every == 0 and self.sums.of([int(stop.wished)])[0] > 0
 
     def _introduce(self, resumed: bool) -> None:
         state, plan, steps = self.state, self.plan, self.steps

@@ -178,6 +178,16 @@ class SkipLedger:
         self._lines.close()
 
 
+def open_ledger(run_dir: Path, budget: float, last_step: int, accelerator: Accelerator) -> SkipLedger:
+    """The ledger of this rank; those of ranks of earlier sittings are set back to the checkpoint as well."""
+    rank = accelerator.process_index
+    if accelerator.is_main_process:
+        for path in run_dir.glob("skips-rank*.jsonl"):
+            trim(path, last_step)
+    accelerator.wait_for_everyone()
+    return SkipLedger(run_dir / ("skips.jsonl" if rank == 0 else f"skips-rank{rank}.jsonl"), budget, last_step)
+
+
 def write_manifest(
     run_dir: Path, model: MmctxModel, plan: Plan, accelerator: Accelerator, attention: Resolution
 ) -> dict[str, Any]:

@@ -88,7 +88,9 @@ def test_distances_reach_over_the_whole_document() -> None:
             last[document.pieces[place - 1]] = place
     octaves = np.bincount(np.log2(distances).astype(int), minlength=13)
     assert (octaves[1:10] > 0.03 * len(distances)).all()
-    assert octaves[10:].sum() > 0.05 * len(distances)  # asked facts, most of them: the keys of the stream do not reach so far
+    assert octaves[10:].sum() > 0.05 * len(
+        distances
+    )  # asked facts, most of them: the keys of the stream do not reach so far
     depths = [q.fact[0] / q.ask[0] for q in document.questions]
     assert (np.histogram(depths, 4, (0, 1))[0] >= len(depths) // 6).all()
 
