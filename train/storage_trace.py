@@ -100,7 +100,7 @@ class FusedAttention(TorchFunctionMode):
             return func(*args, **kwargs)
         q, k, v = args[:3]
         mask = kwargs.get("attn_mask")
-        if mask is not None:  # PyTorch adds masks to scores, so it makes a float of a bool
+        if mask is not None and mask.dtype == torch.bool:  # PyTorch adds masks to scores, so it makes a float of a bool
             mask = torch.empty_like(mask, dtype=q.dtype)
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         return kernel(q, k, v, 0.0, kwargs.get("is_causal", False), attn_mask=mask)[0]

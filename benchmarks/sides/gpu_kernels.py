@@ -28,7 +28,7 @@ FLOPS_A_PAIR = 4 + 10
 
 def certificate(emit: Emit, toy: bool) -> None:
     """Every backend against dense float64, as `mmctx doctor` does."""
-    for found in certify(DEVICE, timing=not toy):
+    for found in certify(DEVICE, timing=not toy).certificates:
         worst = found.worst
         emit(
             case=f"{found.backend}, {found.dtype}",

@@ -74,7 +74,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_weight is not None and widened:
                 grad_weight += products.T @ h
             elif grad_weight is not None:
-                grad_weight.addmm_(products.T, h)
+                torch.addmm(grad_weight, products.T, h, out=grad_weight)  # unlike addmm_, PyTorch counts its FLOPs
         ctx.gradients, ctx.weight_dtype = (grad_hidden, grad_weight), weight.dtype
         return loss
 

@@ -18,6 +18,7 @@ from mmctx.activations import ActivationsConfig
 from mmctx.config import build_config
 from mmctx.datasets.assemble import build_data
 from mmctx.datasets.planning.plan import Plan
+from mmctx.train.attention import settled_attention
 from mmctx.train.build import build_model
 from mmctx.train.config import RunConfig
 from mmctx.train.loop import _sit_down
@@ -55,7 +56,8 @@ def test_a_step_of_the_loop_reads_no_value(tree: dict[str, Any]) -> None:
     config = build_config(RunConfig, tree, "tree")
     accelerator = Accelerator(cpu=True)
     try:
-        sitting = _sit_down(config, accelerator)
+        with settled_attention(config, accelerator) as attention:
+            sitting = _sit_down(config, accelerator, attention)
         loader, interval = sitting._batches(), Interval()
         batches = [next(loader) for _ in sitting.plan.step(0)]  # decoding looks at values, on the host
         sitting.model.train()
