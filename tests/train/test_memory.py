@@ -32,7 +32,7 @@ POLICIES = [
 ]
 
 TRAIN = """
-import json, resource, sys
+import json, sys
 from pathlib import Path
 import timm, transformers
 import mmctx
@@ -43,10 +43,12 @@ data = mmctx.build_dataset(config)
 batch = data.dataset[Plan(config.data, data.tables, config.train.seed).step(0)[0]]
 estimate = estimate_memory(config, batch, len(data.tokenizer))
 del data
-status = Path("/proc/self/status").read_text().splitlines()
-before = next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
+def size(name):  # not ru_maxrss, which starts from the size of the process that called this one
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in status if line.startswith(name))
+before = size("VmRSS")
 mmctx.train(config)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak = size("VmHWM")
 print(json.dumps({"estimate": estimate["total"], "resident": (peak - before) * 1024}))
 """
 
