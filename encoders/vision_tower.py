@@ -12,7 +12,6 @@ import os
 import sys
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +26,7 @@ from mmctx.config import StrictModel
 from mmctx.encoders.conv_stem import ConvStem, square_side
 from mmctx.encoders.projector import ProjectorKind
 from mmctx.errors import ConfigError
-from mmctx.user_cache import remembered
+from mmctx.user_cache import installed_version, remembered
 
 # timm and open_clip are imported where they are used: loader workers and `mmctx --help` need neither (2 to 3 seconds).
 
@@ -100,19 +99,12 @@ def image_geometry(config: ImageEncoderConfig) -> ImageGeometry:
 def _remembered_geometry(config_json: str) -> ImageGeometry:
     here = Path(__file__)
     code = [hashlib.blake2b(here.with_name(name).read_bytes()).hexdigest() for name in (here.name, "conv_stem.py")]
-    made_by = [_version(name) for name in ("torch", "timm", "open_clip_torch")]
+    made_by = [installed_version(name) for name in ("torch", "timm", "open_clip_torch")]
     config = ImageEncoderConfig.model_validate_json(config_json)
     sizes = remembered("image_geometry", json.dumps([config_json, *made_by, *code]), lambda: asdict(_measure(config)))
     for name in ("mean", "std"):  # JSON has lists alone
         sizes[name] = _rgb(sizes[name])
     return ImageGeometry(**sizes)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _measure(config: ImageEncoderConfig) -> ImageGeometry:

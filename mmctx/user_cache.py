@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,14 @@ from typing import Any
 def user_cache() -> Path:
     """`$XDG_CACHE_HOME/mmctx`, which is `~/.cache/mmctx` where that is not set."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mmctx"
+
+
+def installed_version(package: str) -> str | None:
+    """Version of an installed package, None where it is not: what is kept here is often true of some versions alone."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def remembered(what: str, key: str, find_out: Callable[[], dict[str, Any]]) -> dict[str, Any]:

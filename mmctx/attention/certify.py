@@ -1,8 +1,10 @@
 """Certifies the attention backends on this machine against a dense float64 reference; what `mmctx doctor` runs.
 
-report = certify()
-best = choose(report.certificates)
-save_record(report.record(), report.device)
+    report = certify()
+    best = choose(report.certificates)
+    save_record(report.record(), report.device)
+
+The record is what `auto` goes by in later runs.
 """
 
 from __future__ import annotations

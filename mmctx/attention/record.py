@@ -18,7 +18,6 @@ import time
 import uuid
 import warnings
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -26,6 +25,7 @@ from pydantic import ValidationError
 
 from mmctx.attention.choice import Choice, Crossover
 from mmctx.config import StrictModel
+from mmctx.user_cache import installed_version, user_cache
 
 _PACKAGES = ("flash-attn", "flash-attn-4", "triton", "nvidia-cutlass-dsl")
 _WINDOWED = "window"  # the profile of lengths that was timed under a window
@@ -101,16 +101,15 @@ def describe_machine(device: torch.device) -> dict[str, str | None]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda if on_gpu else None,
         "cudnn": str(torch.backends.cudnn.version()) if on_gpu else None,
-        **{package: _version(package) if on_gpu else None for package in _PACKAGES},
+        **{package: installed_version(package) if on_gpu else None for package in _PACKAGES},
         "code": _code_hash(),
     }
 
 
 def record_path(device: torch.device) -> Path:
     """Where the certificate of a device lies; machines that share a home each have their own."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     name = re.sub(r"[^a-z0-9]+", "-", _device_name(device).lower()).strip("-")
-    return cache / "mmctx" / "attention" / f"{device.type}-{name}.json"
+    return user_cache() / "attention" / f"{device.type}-{name}.json"
 
 
 def save_record(record: Record, device: torch.device) -> Path:
@@ -164,13 +163,6 @@ def _device_name(device: torch.device) -> str:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 @lru_cache

@@ -7,7 +7,7 @@ the first rank's certificate holds for all, and only what every rank can use is 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mmctx.attention import BACKENDS, Request, usable_backends
@@ -34,19 +34,12 @@ class Resolution:
 
     def to_json(self) -> dict[str, Any]:
         """For the manifest of a run."""
-        crossover = self.choice.crossover
-        hybrid = "hybrid" in self.backends.values() and crossover is not None
+        crossover = self.choice.crossover if "hybrid" in self.backends.values() else None
         return {
             "backends": self.backends,
             "by": self.choice.source,
             "failed": sorted(self.choice.failed),
-            "crossover": {
-                "short": crossover.short,
-                "causal": crossover.causal,
-                "bidirectional": crossover.bidirectional,
-            }
-            if hybrid and crossover is not None
-            else None,
+            "crossover": crossover and asdict(crossover),
         }
 
     def describe(self, deterministic: bool) -> str:

@@ -201,5 +201,7 @@ def test_never_waits_for_the_gpu(backend: Backend, window: int | None):
     torch.cuda.set_sync_debug_mode("error")
     try:
         run(attend, q, k, v, grad)
+        with pytest.raises(RuntimeError):  # the detector does detect
+            torch.ones(1, device="cuda").item()
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -46,5 +46,7 @@ def test_forward_and_backward_never_wait_for_the_device(tree: dict[str, Any]) ->
     torch.cuda.set_sync_debug_mode("error")
     try:
         step(batches[1])
+        with pytest.raises(RuntimeError):  # the detector does detect
+            torch.ones(1, device="cuda").item()
     finally:
         torch.cuda.set_sync_debug_mode("default")
