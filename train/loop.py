@@ -21,7 +21,6 @@ from mmctx.datasets.planning.order import derive_key
 from mmctx.datasets.planning.plan import Plan, share_out
 from mmctx.datasets.shards.quarantine import write_quarantine
 from mmctx.determinism import deterministic_algorithms
-from mmctx.fingerprint import as_signed, bin_fingerprint, combine, show
 from mmctx.model import MmctxModel
 from mmctx.objectives import LossSum
 from mmctx.pack import PackedBatch
@@ -39,10 +38,10 @@ from mmctx.train.checkpoint import (
 )
 from mmctx.train.config import RunConfig
 from mmctx.train.course import build_course
+from mmctx.train.interval import Interval
 from mmctx.train.optim import build_optimizer, learning_rate
 from mmctx.train.preflight import check_run
 from mmctx.train.records import (
-    Interval,
     Metrics,
     ProgressBar,
     announce_indexing,
@@ -152,6 +151,7 @@ class Sitting:
         self.ledger = open_ledger(run_dir, config.data.skip_budget, last_step, accelerator)
         self.metrics = Metrics(run_dir, last_step, config.train.tensorboard) if accelerator.is_main_process else None
         self.sums = Sums(accelerator, mesh)
+        self.weights = {name: objective.weight for name, objective in config.objectives.items()}
         self._enter(stage_of(self.stages, self.state.step))
         if accelerator.is_main_process:
             self._introduce(resumed=state is not None)
@@ -234,14 +234,13 @@ class Sitting:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         counts = self.sums.predictions(self.raw_model.objectives, micro_batches)
-        weights = {name: objective.weight for name, objective in self.config.objectives.items()}
         for number, ((bin_number, _), batch) in enumerate(zip(mine, micro_batches, strict=True)):
             # Dropout is a function of (seed, step, bin): no generator state to save, and no dependence on ranks.
             torch.manual_seed(derive_key(self.config.train.seed, "dropout", step, bin_number) >> 1)
             last = number == len(micro_batches) - 1
             with nullcontext() if last else accelerator.no_sync(self.model):
                 losses: dict[str, LossSum] = self.model(mesh.shard(batch).to(accelerator.device))
-                accelerator.backward(self.sums.objective(losses, counts, weights))
+                accelerator.backward(self.sums.objective(losses, counts, self.weights))
             for name, loss in losses.items():
                 interval.totals[name] = interval.totals.get(name, 0) + loss.total.detach()
         interval.grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), self.config.train.optimizer.clip_norm)
@@ -261,38 +260,11 @@ class Sitting:
 
     def _log(self, interval: Interval) -> None:
         """Writes one line: the only place where the loop waits for the device."""
-        state, config = self.state, self.config
-        fingerprint = combine(bin_fingerprint(number, batch) for number, batch in interval.newest)
-        mine = [interval.tokens, interval.samples, interval.bins, as_signed(fingerprint), *interval.by_reason()]
-        tokens, samples, bins, fingerprint, *by_reason = self.sums.of_batches(mine)
-        state.tokens += tokens
-        state.samples += samples
-        interval.add_reasons(by_reason, state.skips, state.left_out)
-        totals = torch.stack([interval.totals[name].double() for name in interval.counts])
-        totals = self.accelerator.reduce(totals, reduction="sum").tolist()  # type: ignore[union-attr]
-        counts = {name: int(count) for name, count in interval.counts.items()}
-        assert interval.grad_norm is not None
-        seconds = time.perf_counter() - interval.started
-        state.train_seconds += seconds
-        means = {n: total / count if count else None for (n, count), total in zip(counts.items(), totals, strict=True)}
-        line = {
-            "step": state.step,
-            "loss": sum(config.objectives[name].weight * mean for name, mean in means.items() if mean is not None),
-            **{f"loss/{name}": mean for name, mean in means.items()},
+        state = self.state
+        line = interval.finish(self.sums, state, self.weights, self.stage.config.data.bin_tokens) | {
             "lr": self.optimizer.param_groups[0]["lr"],
-            "grad_norm": float(interval.grad_norm),
-            "tokens": state.tokens,
-            "samples": state.samples,
-            "tokens_per_s": tokens / seconds,
-            "samples_per_s": samples / seconds,
-            "fill": tokens / (bins * self.stage.config.data.bin_tokens),
-            "data_wait": interval.data_wait / seconds,
             "stage": self.stage.number,
             "segment": len(state.segments) - 1,
-            "batch_fingerprint": show(fingerprint),
-            "skipped": state.skipped,
-            **{f"skipped/{reason}": count for reason, count in state.skips.items()},
-            **{f"left_out/{reason}": count for reason, count in state.left_out.items()},
         }
         if self.metrics is not None:
             self.metrics.write(line)

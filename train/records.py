@@ -8,69 +8,21 @@ import platform
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
 from accelerate import Accelerator
-from torch import Tensor
 
 from mmctx.attention.resolve import Resolution
 from mmctx.datasets.assemble import RunData
 from mmctx.datasets.planning.plan import Plan
-from mmctx.datasets.shards.contents import REASONS
 from mmctx.errors import SkipBudgetError
 from mmctx.jsonl import read_lines
 from mmctx.model import MmctxModel, count_parameters
 from mmctx.pack import PackedBatch
-
-
-@dataclass
-class Interval:
-    """Sums since the last logged step; device tensors are only read when a line is written."""
-
-    totals: dict[str, Tensor] = field(default_factory=dict)
-    counts: dict[str, int | Tensor] = field(default_factory=dict)
-    grad_norm: Tensor | None = None
-    tokens: int = 0
-    samples: int = 0
-    bins: int = 0
-    steps: int = 0
-    skips: Counter[str] = field(default_factory=Counter)
-    left_out: Counter[str] = field(default_factory=Counter)
-    newest: list[tuple[int, PackedBatch]] = field(default_factory=list)  # (bin number, batch) of the last step
-    data_wait: float = 0.0
-    started: float = field(default_factory=time.perf_counter)
-
-    def add(self, micro_batches: Sequence[PackedBatch], counts: Mapping[str, int | Tensor]) -> None:
-        """One more step: its batches, and the predictions of each objective in it."""
-        self.steps += 1
-        for name, count in counts.items():
-            self.counts[name] = self.counts.get(name, 0) + count
-        self.bins += len(micro_batches)
-        self.tokens += sum(batch.num_tokens for batch in micro_batches)
-        self.samples += sum(batch.num_samples for batch in micro_batches)
-        self.skips.update(skip.reason for batch in micro_batches for skip in batch.skips)
-        self.left_out.update(skip.reason for batch in micro_batches for skip in batch.left_out)
-
-    def by_reason(self) -> list[int]:
-        """Skips, then samples left out, by every reason there is: a list as long on every rank."""
-        counts = []
-        for counter in (self.skips, self.left_out):
-            known = [counter[reason] for reason in REASONS]
-            counts += [*known, counter.total() - sum(known)]
-        return counts
-
-    @staticmethod
-    def add_reasons(counts: Sequence[int], skips: dict[str, int], left_out: dict[str, int]) -> None:
-        """Adds what `by_reason` gave, summed over the ranks, to the run's totals."""
-        for number, count in enumerate(counts):
-            which, place = divmod(number, len(REASONS) + 1)
-            if count:
-                reason, total = (*REASONS, "other")[place], (skips, left_out)[which]
-                total[reason] = total.get(reason, 0) + count
 
 
 class JsonLines:

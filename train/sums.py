@@ -53,3 +53,7 @@ class Sums:
     def of_batches(self, numbers: list[int]) -> list[int]:
         """As `of`, for what all ranks that share a batch have counted."""
         return self.of(self._mesh.once(numbers))
+
+    def of_losses(self, totals: Tensor) -> list[float]:
+        """Sums of losses (objectives,), added up over the ranks; waits for the device."""
+        return self._accelerator.reduce(totals, reduction="sum").tolist()  # type: ignore[union-attr]

@@ -25,6 +25,8 @@ from mmctx.pack import IGNORE_INDEX, Document, pack_documents
 
 NUM_DEPTHS = 5
 """Equal stretches of a document that results are told apart by."""
+WRITTEN = {"questions", "values", "length"}
+"""Keys of a json member that `mmctx data build recall` made."""
 PASSES = 0.856
 """RULER's threshold: a length passes if this share is answered (Hsieh et al. 2024)."""
 
@@ -127,8 +129,8 @@ def load_quizzes(context: EvalContext) -> list[Quiz]:
             for sample_id in range(table.num_samples):
                 try:
                     about = json.loads(table.source.read(sample_id).members.get("json", b"null"))
-                    if not isinstance(about, dict) or not about.get("questions"):
-                        continue
+                    if not isinstance(about, dict) or not about.keys() >= WRITTEN or not about["questions"]:
+                        continue  # of another origin: json members hold whatever their owners like
                     (document,) = data.dataset.documents(number, sample_id, 0)
                 except (SampleError, ValueError):  # the plan tells of samples that cannot be used
                     continue

@@ -21,8 +21,8 @@ from mmctx.datasets.planning.plan import Plan
 from mmctx.train.attention import settled_attention
 from mmctx.train.build import build_model
 from mmctx.train.config import RunConfig
+from mmctx.train.interval import Interval
 from mmctx.train.loop import _sit_down
-from mmctx.train.records import Interval
 
 POLICIES = [{}, {"checkpoint": "full", "mlp_tile": 50, "media_chunk": 2}, {"checkpoint": "selective"}]
 

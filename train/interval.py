@@ -1,0 +1,102 @@
+"""What happened since the last line of metrics: sums while steps run, one line when they are read."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmctx.datasets.shards.contents import REASONS
+from mmctx.fingerprint import as_signed, bin_fingerprint, combine, show
+from mmctx.pack import PackedBatch
+from mmctx.train.checkpoint import TrainerState
+from mmctx.train.sums import Sums
+
+
+@dataclass
+class Interval:
+    """Sums since the last logged step; device tensors are only read when a line is written."""
+
+    totals: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, int | Tensor] = field(default_factory=dict)
+    grad_norm: Tensor | None = None
+    tokens: int = 0
+    samples: int = 0
+    bins: int = 0
+    steps: int = 0
+    skips: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
+    newest: list[tuple[int, PackedBatch]] = field(default_factory=list)  # (bin number, batch) of the last step
+    data_wait: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+    def add(self, micro_batches: Sequence[PackedBatch], counts: Mapping[str, int | Tensor]) -> None:
+        """One more step: its batches, and the predictions of each objective in it."""
+        self.steps += 1
+        for name, count in counts.items():
+            self.counts[name] = self.counts.get(name, 0) + count
+        self.bins += len(micro_batches)
+        self.tokens += sum(batch.num_tokens for batch in micro_batches)
+        self.samples += sum(batch.num_samples for batch in micro_batches)
+        self.skips.update(skip.reason for batch in micro_batches for skip in batch.skips)
+        self.left_out.update(skip.reason for batch in micro_batches for skip in batch.left_out)
+
+    def by_reason(self) -> list[int]:
+        """Skips, then samples left out, by every reason there is: a list as long on every rank."""
+        counts = []
+        for counter in (self.skips, self.left_out):
+            known = [counter[reason] for reason in REASONS]
+            counts += [*known, counter.total() - sum(known)]
+        return counts
+
+    @staticmethod
+    def add_reasons(counts: Sequence[int], skips: dict[str, int], left_out: dict[str, int]) -> None:
+        """Adds what `by_reason` gave, summed over the ranks, to the run's totals."""
+        for number, count in enumerate(counts):
+            which, place = divmod(number, len(REASONS) + 1)
+            if count:
+                reason, total = (*REASONS, "other")[place], (skips, left_out)[which]
+                total[reason] = total.get(reason, 0) + count
+
+    def finish(self, sums: Sums, state: TrainerState, weights: Mapping[str, float], bin_tokens: int) -> dict[str, Any]:
+        """The line of metrics, over all ranks, and the run's totals brought up to date: the only place that waits for the device.
+
+        Args:
+            sums: of this rank.
+            state: of the run; its tokens, samples, skips and seconds grow.
+            weights: of the objectives.
+            bin_tokens: that a bin holds at most.
+        """
+        fingerprint = combine(bin_fingerprint(number, batch) for number, batch in self.newest)
+        mine = [self.tokens, self.samples, self.bins, as_signed(fingerprint), *self.by_reason()]
+        tokens, samples, bins, fingerprint, *by_reason = sums.of_batches(mine)
+        state.tokens += tokens
+        state.samples += samples
+        self.add_reasons(by_reason, state.skips, state.left_out)
+        totals = sums.of_losses(torch.stack([self.totals[name].double() for name in self.counts]))
+        counts = {name: int(count) for name, count in self.counts.items()}
+        assert self.grad_norm is not None
+        seconds = time.perf_counter() - self.started
+        state.train_seconds += seconds
+        means = {n: total / count if count else None for (n, count), total in zip(counts.items(), totals, strict=True)}
+        return {
+            "step": state.step,
+            "loss": sum(weights[name] * mean for name, mean in means.items() if mean is not None),
+            **{f"loss/{name}": mean for name, mean in means.items()},
+            "grad_norm": float(self.grad_norm),
+            "tokens": state.tokens,
+            "samples": state.samples,
+            "tokens_per_s": tokens / seconds,
+            "samples_per_s": samples / seconds,
+            "fill": tokens / (bins * bin_tokens),
+            "data_wait": self.data_wait / seconds,
+            "batch_fingerprint": show(fingerprint),
+            "skipped": state.skipped,
+            **{f"skipped/{reason}": count for reason, count in state.skips.items()},
+            **{f"left_out/{reason}": count for reason, count in state.left_out.items()},
+        }
