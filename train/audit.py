@@ -41,7 +41,7 @@ def audit(
 
     Args:
         where: the run's YAML file (fresh weights), or a run or checkpoint folder (its weights).
-        overrides: changes of the configuration, such as `model.transformer.window=64`.
+        overrides: changes of the configuration, such as `model.transformer.windows=[64]`.
         step: whose batch to take, counted from 1, and whose stage, if the run has a schedule; by default the fullest of the first steps
             that reads every source. Of a checkpoint, a step of its last stage, counted as if the run were that stage alone.
         tokens: of the batch, at least two samples; 0 for all of it; by default 1,536 on a CPU and all of it elsewhere.
