@@ -126,7 +126,7 @@ def forward_and_backward(
 
     model.zero_grad()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        losses = model(mesh.shard(batch))
+        losses = model.losses(mesh.shard(batch))
     loss = torch.stack([loss.total / counts[name] for name, loss in losses.items()]).sum()
     held = sum(kept.values())
     loss.backward()

@@ -140,7 +140,7 @@ def our_loss(model: MmctxModel, texts: list[Tensor]) -> Loss:
     batch = pack_documents(made, placeholder_ids={}).to(model.embedding.weight.device)
 
     def loss() -> Tensor:
-        found = model(batch)["captioning"]
+        found = model(batch).losses["captioning"]
         return found.total / found.count
 
     return loss

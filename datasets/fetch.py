@@ -20,7 +20,7 @@ from mmctx.datasets.shards.source import Source
 from mmctx.errors import ConfigError, SampleError
 from mmctx.objectives import DataHalf
 from mmctx.pack import IGNORE_INDEX, Document, PackedBatch, Skip, pack_documents
-from mmctx.sample import Sample
+from mmctx.sample import Sample, make_uid
 from mmctx.tokenizer import TextTokenizer
 
 
@@ -127,7 +127,7 @@ class PackedDataset(Dataset[PackedBatch]):
         sample = decode_sample(
             table.source.read(sample_id),
             source=table.source.name,
-            uid=source_number << 48 | sample_id,
+            uid=make_uid(source_number, sample_id),
             texts=table.config.texts,
             tokenizer=self.tokenizer,
             make_image=table.preprocessors.image,

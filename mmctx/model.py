@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from mmctx.encoders.image import ImageEncoder, ImageEncoderConfig
 from mmctx.errors import ConfigError
 from mmctx.kv_cache import KVCache
 from mmctx.layout import DocumentLayout
-from mmctx.objectives import AnyObjective, LossSum, build_model_halves
+from mmctx.objectives import AnyObjective, ComparingHalf, LossSum, Roster, build_model_halves
 from mmctx.objectives.captioning import TokenLoss
 from mmctx.pack import PackedBatch
 from mmctx.rope import grid_positions
@@ -36,6 +37,15 @@ class ModelConfig(StrictModel):
     """Encoder of pictures; null for a model that sees none."""
     audio: AudioEncoderConfig | None = None
     """Encoder of sound; null for a model that hears none."""
+
+
+class StepOutputs(NamedTuple):
+    """What a micro-batch adds to a global step. Named tuples and dicts all through: wrappers look into them for tensors."""
+
+    losses: dict[str, LossSum]
+    """Of objectives whose loss is a sum over documents."""
+    embedded: dict[str, dict[str, Tensor]]
+    """Of each `ComparingHalf`, what it embedded."""
 
 
 class MmctxModel(nn.Module):
@@ -114,12 +124,34 @@ class MmctxModel(nn.Module):
         """Hidden states (T, D) of every token."""
         return self.trunk(self.embed(batch), self.positions(batch), batch.layout)
 
-    def forward(self, batch: PackedBatch) -> dict[str, LossSum]:
-        """Each objective's loss sum and count over the batch."""
+    def forward(self, batch: PackedBatch, embed_only: bool = False) -> StepOutputs:
+        """What a micro-batch adds to the global step.
+
+        Args:
+            batch: of this rank.
+            embed_only: leave out the losses, when only `embedded` is wanted.
+        """
         hidden = self.encode(batch)
         if batch.lent is not None:
             hidden = batch.lent.append(hidden)
-        return {name: objective(hidden, batch, self.head_weight) for name, objective in self.objectives.items()}
+        losses: dict[str, LossSum] = {}
+        embedded: dict[str, dict[str, Tensor]] = {}
+        for name, objective in self.objectives.items():
+            if isinstance(objective, ComparingHalf):
+                embedded[name] = objective.embed_batch(hidden, batch)
+            elif not embed_only:
+                losses[name] = objective(hidden, batch, self.head_weight)
+        return StepOutputs(losses, embedded)
+
+    def losses(self, batch: PackedBatch) -> dict[str, LossSum]:
+        """Each objective's loss sum and count over the batch, as if it were a global step of its own."""
+        outputs, roster = self(batch), Roster.of(batch)
+        return {
+            name: outputs.losses[name]
+            if name in outputs.losses
+            else LossSum(half.compare(outputs.embedded[name], roster), half.count_all(roster))  # type: ignore[operator]
+            for name, half in self.objectives.items()
+        }
 
     def next_token_logits(self, hidden: Tensor) -> Tensor:
         """Logits (N, vocab_size) of hidden states (N, D), for generation."""

@@ -8,6 +8,18 @@ import numpy as np
 
 from mmctx.pack import MediaItem
 
+_SOURCE_SHIFT = 48
+
+
+def make_uid(source_number: int, sample_id: int) -> int:
+    """The number of a sample among those of all sources."""
+    return source_number << _SOURCE_SHIFT | sample_id
+
+
+def source_numbers(uids: np.ndarray) -> np.ndarray:
+    """(n,) source number of each sample (n,), numbered by `make_uid`."""
+    return uids >> _SOURCE_SHIFT
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sample:
@@ -18,7 +30,7 @@ class Sample:
     Attributes:
         key: the WebDataset key.
         source: name of the source in the config.
-        uid: number of the sample, different for every sample of a run.
+        uid: number of the sample, different for every sample of a run; see `make_uid`.
         texts: token ids (L,) int64 of each text the source declares, None where this sample lacks it.
         image: its picture.
         audio: its clip.

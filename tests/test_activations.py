@@ -67,7 +67,7 @@ def step(tree: dict[str, Any]) -> Callable[..., tuple[Tensor, Gradients]]:
         model.set_activations(ActivationsConfig(**activations))
         torch.manual_seed(5)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            losses = torch.stack([loss.total / max(loss.count, 1) for loss in model(batch).values()])
+            losses = torch.stack([loss.total / max(loss.count, 1) for loss in model.losses(batch).values()])
         losses.sum().backward()
         return losses.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 

@@ -60,7 +60,7 @@ def counted(trunk: TransformerConfig, documents: list[Document]) -> int:
     torch.manual_seed(0)
     model = MmctxModel(ModelConfig(transformer=trunk), objectives, VOCAB)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        losses = model(pack_documents(documents, {}))
+        losses = model.losses(pack_documents(documents, {}))
         torch.stack([loss.total for loss in losses.values()]).sum().backward()
     return counter.get_total_flops()
 

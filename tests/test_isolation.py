@@ -49,10 +49,10 @@ def test_hidden_states_of_a_document_do_not_depend_on_its_neighbours(run) -> Non
 @pytest.mark.parametrize("objective", ["captioning", "masked_lm"])
 def test_loss_and_gradients_are_the_sum_over_documents(run, objective: str) -> None:
     model, data, documents = run
-    packed = model(pack(data, documents))[objective]  # in the company of the other objectives' documents
+    packed = model.losses(pack(data, documents))[objective]  # in the company of the other objectives' documents
     grads = gradients(model, packed.total)
     mine = [d for d in documents if d.objective == objective]
-    alone = [model(pack(data, [d]))[objective] for d in mine]
+    alone = [model.losses(pack(data, [d]))[objective] for d in mine]
     assert packed.count == sum(part.count for part in alone)
     total = torch.stack([part.total for part in alone]).sum()
     torch.testing.assert_close(packed.total, total)
@@ -61,7 +61,7 @@ def test_loss_and_gradients_are_the_sum_over_documents(run, objective: str) -> N
 
 def test_similarity_is_that_of_separately_encoded_views(run) -> None:
     model, data, documents = run
-    packed = model(pack(data, documents))["similarity"]
+    packed = model.losses(pack(data, documents))["similarity"]
     grads = gradients(model, packed.total)
     head: Any = model.objectives["similarity"]
     mine = [d for d in documents if d.objective == "similarity"]

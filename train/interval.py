@@ -15,7 +15,7 @@ from mmctx.datasets.shards.contents import REASONS
 from mmctx.fingerprint import as_signed, bin_fingerprint, combine, show
 from mmctx.pack import PackedBatch
 from mmctx.train.checkpoint import TrainerState
-from mmctx.train.sums import Sums
+from mmctx.train.sums import Muster, Sums
 
 
 @dataclass
@@ -23,7 +23,8 @@ class Interval:
     """Sums since the last logged step; device tensors are only read when a line is written."""
 
     totals: dict[str, Tensor] = field(default_factory=dict)
-    counts: dict[str, int | Tensor] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+    negatives: Counter[str] = field(default_factory=Counter)
     grad_norm: Tensor | None = None
     tokens: int = 0
     samples: int = 0
@@ -35,11 +36,13 @@ class Interval:
     data_wait: float = 0.0
     started: float = field(default_factory=time.perf_counter)
 
-    def add(self, micro_batches: Sequence[PackedBatch], counts: Mapping[str, int | Tensor]) -> None:
-        """One more step: its batches, and the predictions of each objective in it."""
+    def add(self, micro_batches: Sequence[PackedBatch], muster: Muster, totals: Mapping[str, Tensor]) -> None:
+        """One more step: this rank's batches, what the whole step held, and this rank's share of each objective's loss."""
         self.steps += 1
-        for name, count in counts.items():
-            self.counts[name] = self.counts.get(name, 0) + count
+        self.counts.update(muster.counts)
+        self.negatives.update(muster.negatives)
+        for name, total in totals.items():
+            self.totals[name] = self.totals.get(name, 0) + total
         self.bins += len(micro_batches)
         self.tokens += sum(batch.num_tokens for batch in micro_batches)
         self.samples += sum(batch.num_samples for batch in micro_batches)
@@ -79,7 +82,7 @@ class Interval:
         state.samples += samples
         self.add_reasons(by_reason, state.skips, state.left_out)
         totals = sums.of_losses(torch.stack([self.totals[name].double() for name in self.counts]))
-        counts = {name: int(count) for name, count in self.counts.items()}
+        counts = self.counts
         assert self.grad_norm is not None
         seconds = time.perf_counter() - self.started
         state.train_seconds += seconds
@@ -88,6 +91,7 @@ class Interval:
             "step": state.step,
             "loss": sum(weights[name] * mean for name, mean in means.items() if mean is not None),
             **{f"loss/{name}": mean for name, mean in means.items()},
+            **{f"negatives/{n}": self.negatives[n] / counts[n] if counts[n] else None for n in self.negatives},
             "grad_norm": float(self.grad_norm),
             "tokens": state.tokens,
             "samples": state.samples,

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import Tensor
 
 from mmctx.attention.resolve import Resolution
 from mmctx.config import dump_config
@@ -22,7 +20,6 @@ from mmctx.datasets.planning.plan import Plan, share_out
 from mmctx.datasets.shards.quarantine import write_quarantine
 from mmctx.determinism import deterministic_algorithms
 from mmctx.model import MmctxModel
-from mmctx.objectives import LossSum
 from mmctx.pack import PackedBatch
 from mmctx.parallel.mesh import Mesh, build_mesh
 from mmctx.train.attention import settled_attention
@@ -51,6 +48,7 @@ from mmctx.train.records import (
 )
 from mmctx.train.segments import continue_segments, kept_quarantine, read_segments, write_segments
 from mmctx.train.stages import Stage, stage_of
+from mmctx.train.step import GradientStep, MicroBatch
 from mmctx.train.stop import StopOnSignal
 from mmctx.train.sums import Sums
 
@@ -152,6 +150,7 @@ class Sitting:
         self.metrics = Metrics(run_dir, last_step, config.train.tensorboard) if accelerator.is_main_process else None
         self.sums = Sums(accelerator, mesh)
         self.weights = {name: objective.weight for name, objective in config.objectives.items()}
+        self.gradient_step = GradientStep(accelerator, self.model, model, self.weights)
         self._enter(stage_of(self.stages, self.state.step))
         if accelerator.is_main_process:
             self._introduce(resumed=state is not None)
@@ -224,33 +223,26 @@ class Sitting:
 
     def _step(self, batches: Iterator[PackedBatch], interval: Interval) -> None:
         """One optimizer step over this rank's bins of the global batch."""
-        accelerator, mesh, step = self.accelerator, self.mesh, self.state.step
+        mesh, step, train = self.mesh, self.state.step, self.config.train
         waited = time.perf_counter()
         mine = share_out(self.plan.step(step), mesh.data_rank, mesh.data_size)
-        micro_batches = [next(batches) for _ in mine]
+        whole = [next(batches) for _ in mine]
         interval.data_wait += time.perf_counter() - waited
-        train = self.config.train
+        parts = [mesh.shard(batch) for batch in whole]
+        seeds = [derive_key(train.seed, "dropout", step, bin_number) >> 1 for bin_number, _ in mine]
+        muster = self.sums.muster(self.raw_model, whole, parts)
+        totals = self.gradient_step([MicroBatch(*one) for one in zip(seeds, parts, strict=True)], muster)
+        interval.grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), train.optimizer.clip_norm)
         lr = learning_rate(step, self.steps, train.optimizer.lr, train.schedule) * self.stage.lr_factor
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        counts = self.sums.predictions(self.raw_model.objectives, micro_batches)
-        for number, ((bin_number, _), batch) in enumerate(zip(mine, micro_batches, strict=True)):
-            # Dropout is a function of (seed, step, bin): no generator state to save, and no dependence on ranks.
-            torch.manual_seed(derive_key(self.config.train.seed, "dropout", step, bin_number) >> 1)
-            last = number == len(micro_batches) - 1
-            with nullcontext() if last else accelerator.no_sync(self.model):
-                losses: dict[str, LossSum] = self.model(mesh.shard(batch).to(accelerator.device))
-                accelerator.backward(self.sums.objective(losses, counts, self.weights))
-            for name, loss in losses.items():
-                interval.totals[name] = interval.totals.get(name, 0) + loss.total.detach()
-        interval.grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), self.config.train.optimizer.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._count(micro_batches, counts, interval)
-        interval.newest = [(number, batch) for (number, _), batch in zip(mine, micro_batches, strict=True)]
+        interval.add(whole, muster, totals)
+        interval.newest = [(number, batch) for (number, _), batch in zip(mine, whole, strict=True)]
+        self._note_skips(whole, interval)
 
-    def _count(self, micro_batches: list[PackedBatch], counts: Mapping[str, int | Tensor], interval: Interval) -> None:
-        interval.add(micro_batches, counts)
+    def _note_skips(self, micro_batches: list[PackedBatch], interval: Interval) -> None:
         if self.mesh.sequence_rank == 0:
             self.ledger.record(micro_batches, self.state.step + 1)
         if any(batch.skips for batch in micro_batches) and self.accelerator.num_processes == 1:
@@ -280,11 +272,8 @@ class Sitting:
         self.accelerator.wait_for_everyone()
 
     def _stopped(self, stop: StopOnSignal) -> bool:
-        """Whether some rank was asked to stop. All must agree, and asking makes a GPU wait: there only now and then."""
-        if self.accelerator.num_processes == 1:
-            return stop.wished
-        every = 1 if self.accelerator.device.type == "cpu" else min(self.config.train.log_every, 10)
-        return self.state.step % every == 0 and self.sums.of([int(stop.wished)])[0] > 0
+        """Whether some rank was asked to stop: all must agree."""
+        return any(self.sums.gather(stop.wished))
 
     def _introduce(self, resumed: bool) -> None:
         state, plan, steps = self.state, self.plan, self.steps

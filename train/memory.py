@@ -48,7 +48,7 @@ def estimate_memory(config: RunConfig, batch: PackedBatch, vocab_size: int) -> d
                 trace.count(parameter.grad, "gradients")
         trace.part, trace.place = "embedding", "forward"
         size = config.train.sequence_parallel
-        losses = model(shard_batch(batch, 0, size, group=None).to("meta") if size > 1 else batches[0])
+        losses = model.losses(shard_batch(batch, 0, size, group=None).to("meta") if size > 1 else batches[0])
         total = torch.stack([loss.total for loss in losses.values()]).sum()
         del losses
         trace.place = "backward"

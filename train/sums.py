@@ -1,54 +1,86 @@
-"""Sums over all ranks: predictions of a step, losses as parts of one mean, numbers for a line of metrics."""
+"""What the ranks of a run know together: what a global step holds, losses as parts of one mean, numbers for a line of metrics."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-import torch
+import torch.distributed as dist
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
-from mmctx.objectives import LossSum
+from mmctx.model import MmctxModel
+from mmctx.objectives import ComparingHalf, Roster
 from mmctx.pack import PackedBatch
 from mmctx.parallel.mesh import Mesh
 
 
+@dataclass(frozen=True, slots=True)
+class Muster:
+    """What a global step holds, known to all ranks before it is computed. On the host.
+
+    Attributes:
+        counts: predictions of each objective: what its loss is divided by.
+        negatives: of each `ComparingHalf`, candidates that its predictions are told from, all in all.
+        roster: who embeds what.
+    """
+
+    counts: Mapping[str, int]
+    negatives: Mapping[str, int]
+    roster: Roster
+
+
 class Sums:
-    """What the ranks of a run know together.
+    """Sums over all ranks. What is on the host is added up on the host, over gloo: nobody waits for a GPU.
 
     Args:
-        accelerator: of the run.
+        accelerator: of the run. Each rank makes its `Sums` at the same time.
         mesh: this rank's place: what a whole group counted is added once.
     """
 
     def __init__(self, accelerator: Accelerator, mesh: Mesh) -> None:
         self._accelerator, self._mesh = accelerator, mesh
+        self._alone = accelerator.num_processes == 1
+        self._group: Any = None if self._alone else dist.group.WORLD
+        over_gloo = self._alone or accelerator.device.type == "cpu"
+        self._host_group: Any = self._group if over_gloo else dist.new_group(backend="gloo")
 
-    def predictions(self, heads: nn.ModuleDict, micro_batches: Sequence[PackedBatch]) -> Mapping[str, int | Tensor]:
-        """Predictions of each objective in the whole global step. With several ranks they stay on the device: nobody waits for them."""
-        counts = {name: sum(head.count(batch) for batch in micro_batches) for name, head in heads.items()}  # type: ignore[operator]
-        if self._accelerator.num_processes == 1:
-            return counts
-        local = torch.tensor(self._mesh.once(list(counts.values()))).to(self._accelerator.device, non_blocking=True)
-        return dict(zip(counts, self._accelerator.reduce(local, reduction="sum").unbind(), strict=True))  # type: ignore[union-attr]
+    def muster(self, model: MmctxModel, whole: Sequence[PackedBatch], parts: Sequence[PackedBatch]) -> Muster:
+        """What the global step holds.
 
-    def objective(
-        self, losses: Mapping[str, LossSum], counts: Mapping[str, int | Tensor], weights: Mapping[str, float]
-    ) -> Tensor:
-        """Weighted sum of means over the whole global step; times the ranks, because DDP averages gradients over them."""
-        parts = []
-        for name, loss in losses.items():
-            count = counts[name]
-            divisor = count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
-            parts.append(weights[name] * loss.total / divisor)
-        return torch.stack(parts).sum() * self._accelerator.num_processes
+        Args:
+            model: whose objectives count.
+            whole: this rank's micro-batches; the ranks of a sequence parallel group have the same ones.
+            parts: what it computes of them.
+        """
+        halves: dict[str, Any] = {**model.objectives}
+        additive = {name: half for name, half in halves.items() if not isinstance(half, ComparingHalf)}
+        comparing = {name: half for name, half in halves.items() if isinstance(half, ComparingHalf)}
+        counted = [sum(half.count(batch) for batch in whole) for half in additive.values()]  # type: ignore[operator]
+        own = self._mesh.once(counted)
+        everyone = self.gather((own, [batch.pairs for batch in parts]))
+        counts = dict(
+            zip(additive, (sum(column) for column in zip(*(n for n, _ in everyone), strict=True)), strict=True)
+        )
+        roster = Roster([entries for _, entries in everyone], self._accelerator.process_index, self._group)
+        return Muster(
+            counts | {name: half.count_all(roster) for name, half in comparing.items()},
+            {name: half.count_negatives(roster) for name, half in comparing.items()},
+            roster,
+        )
 
-    def of(self, numbers: list[int]) -> list[int]:
-        """Integers of every rank, added up; waits for the device."""
-        if self._accelerator.num_processes == 1:
-            return numbers
-        local = torch.tensor(numbers, device=self._accelerator.device)
-        return self._accelerator.reduce(local, reduction="sum").tolist()  # type: ignore[union-attr]
+    def gather(self, something: Any) -> list[Any]:
+        """What each rank has, in the order of ranks; nothing that lies on a device."""
+        if self._alone:
+            return [something]
+        found: list[Any] = [None] * self._accelerator.num_processes
+        dist.all_gather_object(found, something, self._host_group)
+        return found
+
+    def of(self, numbers: Sequence[int]) -> list[int]:
+        """Integers of every rank, added up."""
+        return [sum(column) for column in zip(*self.gather(list(numbers)), strict=True)]
 
     def of_batches(self, numbers: list[int]) -> list[int]:
         """As `of`, for what all ranks that share a batch have counted."""

@@ -64,7 +64,7 @@ class Trainer:
     def step(self, batch: PackedBatch) -> None:
         """Forward, backward, update."""
         with torch.autocast(DEVICE.type, torch.bfloat16):
-            loss = self.model(batch)["captioning"]
+            loss = self.model(batch).losses["captioning"]
         (loss.total / loss.count).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

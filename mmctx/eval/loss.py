@@ -15,7 +15,7 @@ def evaluate_loss(context: EvalContext) -> dict[str, Any]:
     totals: dict[str, float] = {}
     counts: dict[str, int] = {}
     for batch in context.batches("loss"):
-        for name, loss in context.model(batch).items():
+        for name, loss in context.model.losses(batch).items():
             totals[name] = totals.get(name, 0.0) + float(loss.total)
             counts[name] = counts.get(name, 0) + loss.count
     return {name: {"held_out": totals[name] / count, "n": count} for name, count in counts.items() if count}

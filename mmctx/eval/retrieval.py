@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mmctx.eval.context import EvalContext
-from mmctx.objectives.similarity import matching_rows
+from mmctx.objectives.contrastive import matching_rows
 
 RANKS = (1, 5, 10)
 
@@ -51,7 +52,7 @@ def evaluate_retrieval(context: EvalContext) -> dict[str, Any]:
         for a, b in context.objectives[objective].pairs:  # type: ignore[union-attr]
             if a not in embeddings or b not in embeddings:
                 continue
-            rows_a, rows_b = matching_rows(samples[a], samples[b])
+            rows_a, rows_b = matching_rows(np.asarray(samples[a]), np.asarray(samples[b]))
             if not len(rows_a):
                 continue
             scores = embeddings[a][rows_a] @ embeddings[b][rows_b].T

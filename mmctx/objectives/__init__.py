@@ -8,10 +8,12 @@ from typing import Annotated, NamedTuple
 from pydantic import Field
 from torch import nn
 
-from mmctx.objectives.base import DataHalf, LossSum, ObjectiveConfig
+from mmctx.objectives.base import ComparingHalf, DataHalf, LossSum, ObjectiveConfig
 from mmctx.objectives.captioning import Captioning, CaptioningConfig, TokenLoss
+from mmctx.objectives.contrastive import SimilarityLoss
 from mmctx.objectives.masked_lm import MaskedLM, MaskedLMConfig
-from mmctx.objectives.similarity import Similarity, SimilarityConfig, SimilarityLoss
+from mmctx.objectives.roster import Roster
+from mmctx.objectives.similarity import Similarity, SimilarityConfig
 from mmctx.tokenizer import TextTokenizer
 
 
@@ -49,9 +51,11 @@ def build_model_halves(configs: Mapping[str, AnyObjective], width: int) -> nn.Mo
 __all__ = [
     "KINDS",
     "AnyObjective",
+    "ComparingHalf",
     "DataHalf",
     "LossSum",
     "ObjectiveConfig",
+    "Roster",
     "build_data_halves",
     "build_model_halves",
 ]

@@ -5,14 +5,16 @@ Adding one is one file that defines a config, a data half and a model half, and 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmctx.config import StrictModel
+from mmctx.objectives.roster import Roster
 from mmctx.pack import IGNORE_INDEX, Document, MediaItem, PackedBatch
 from mmctx.sample import Sample, SampleSizes
 from mmctx.tokenizer import TextTokenizer
@@ -61,7 +63,7 @@ class DataHalf(Protocol):
 
 
 class ModelHalf(Protocol):
-    """Turns hidden states into a loss."""
+    """Turns hidden states into a loss that is a sum over documents; those that are not are a `ComparingHalf`."""
 
     def count(self, batch: PackedBatch) -> int:
         """How many predictions the batch holds for this objective, from host integers alone."""
@@ -70,6 +72,46 @@ class ModelHalf(Protocol):
     def __call__(self, hidden: Tensor, batch: PackedBatch, head: Tensor) -> LossSum:
         """Loss of this objective's documents; hidden (T, D), head (V, D). Zero, but attached to the graph, if there are none."""
         ...
+
+
+class ComparingHalf(nn.Module, ABC):
+    """Model half of an objective whose loss is no sum over batches: it compares what all batches of the global step embed.
+
+    Called like any model half, it compares what one batch embeds. The trainer calls its parts: `embed_batch` on each micro-batch, then
+    `compare` once on all of them.
+    """
+
+    @abstractmethod
+    def embed_batch(self, hidden: Tensor, batch: PackedBatch) -> dict[str, Tensor]:
+        """What `compare` needs of a batch with hidden states (T, D): by `OBJECTIVE/VIEW` the (P, E) embeddings of `batch.pooled`, and under
+        other names learned tensors that are the same for all batches. All depend on all parameters of this half, and on `hidden`.
+        """
+
+    @abstractmethod
+    def compare(self, embedded: Mapping[str, Tensor], roster: Roster) -> Tensor:
+        """This rank's share of the loss of a global step, summed: a scalar. Each rank of the roster calls it.
+
+        Args:
+            embedded: what `embed_batch` gave, embeddings of this rank's micro-batches end to end.
+            roster: who embeds what.
+        """
+
+    @abstractmethod
+    def count_all(self, roster: Roster) -> int:
+        """How many predictions the shares of all ranks sum up, from host integers alone."""
+
+    @abstractmethod
+    def count_negatives(self, roster: Roster) -> int:
+        """From how many others the predictions of `count_all` are told, summed over them."""
+
+    def count(self, batch: PackedBatch) -> int:
+        """See `ModelHalf`: of this batch alone."""
+        return self.count_all(Roster.of(batch))
+
+    def forward(self, hidden: Tensor, batch: PackedBatch, head: Tensor) -> LossSum:
+        """See `ModelHalf`: of this batch alone."""
+        roster = Roster.of(batch)
+        return LossSum(self.compare(self.embed_batch(hidden, batch), roster), self.count_all(roster))
 
 
 def lay_out(
@@ -119,6 +161,7 @@ def text_of(sample: Sample, number: int) -> np.ndarray | None:
 
 
 __all__ = [
+    "ComparingHalf",
     "DataHalf",
     "LossSum",
     "ModelHalf",

@@ -1,24 +1,19 @@
 """Similarity of views of one sample: picture, sound and texts in one space.
 
-Every view becomes its own document, ended by the embedding token, whose hidden state is projected and normalised. For each pair of views
-the loss is the symmetric softmax over all candidates of the bin (InfoNCE, van den Oord et al. 2018; CLIP, Radford et al. 2021).
+Every view becomes its own document, ended by the embedding token, whose hidden state is projected and normalised. What is made of the
+embeddings of a whole global step is in `contrastive`.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
-from torch import Tensor, nn
 
-from mmctx.objectives.base import LossSum, ObjectiveConfig, ids, lay_out, text_column, text_of, token_counts
-from mmctx.pack import IGNORE_INDEX, MODALITIES, Document, MediaItem, PackedBatch
+from mmctx.objectives.base import ObjectiveConfig, ids, lay_out, text_column, text_of, token_counts
+from mmctx.pack import IGNORE_INDEX, MODALITIES, Document, MediaItem
 from mmctx.sample import Sample, SampleSizes
 from mmctx.tokenizer import TextTokenizer
 
@@ -33,8 +28,14 @@ class SimilarityConfig(ObjectiveConfig):
     """Size of the embedding; null for the trunk's width."""
     causal: bool = False
     """Views attend to the past only, or (the default) in both directions."""
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    """`softmax` over all candidates (InfoNCE, as CLIP), or a `sigmoid` for each pair (as SigLIP)."""
+    negatives: Literal["all", "source"] = "all"
+    """Which candidates of the global step a view is compared with: all, or those of its own source alone."""
     initial_temperature: float = Field(default=0.07, gt=0)
-    """The learned scale starts at 1 / this, as in CLIP."""
+    """The learned scale starts at 1 / this, as in CLIP; SigLIP starts at 0.1."""
+    initial_bias: float = -10.0
+    """Where the learned bias of the sigmoid starts, as in SigLIP."""
     max_scale: float = Field(default=100.0, gt=0)
     """The learned scale is capped here."""
 
@@ -110,82 +111,3 @@ def _view(sample: Sample, view: str) -> np.ndarray | MediaItem | None:
     if view in media:
         return media[view]
     return text_of(sample, int(view.removeprefix("text")))
-
-
-class SimilarityLoss(nn.Module):
-    """Model half: projection, learned scale, symmetric InfoNCE."""
-
-    def __init__(self, name: str, config: SimilarityConfig, width: int) -> None:
-        super().__init__()
-        self.name, self.config = name, config
-        self.projection = nn.Linear(width, config.dim or width, bias=False)
-        # shape (1,): scalars of no dimension break FSDP2
-        self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / config.initial_temperature)))
-
-    def embed(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        """Unit embeddings (P, E) of the pooled positions (P,), in float32 at least."""
-        projected = self.projection(hidden.index_select(0, positions))
-        return F.normalize(projected if projected.dtype == torch.float64 else projected.float(), dim=-1)
-
-    def count(self, batch: PackedBatch) -> int:
-        """Number of softmaxes: two for every positive pair."""
-        return sum(2 * len(pair.targets_a) for pair in self._pairs(batch))
-
-    def forward(self, hidden: Tensor, batch: PackedBatch, head: Tensor) -> LossSum:
-        """See `ModelHalf`."""
-        scale = self.logit_scale.clamp(max=math.log(self.config.max_scale)).exp()
-        embeddings = {
-            name: self.embed(hidden, positions)
-            for name, positions in batch.pooled.items()
-            if name.startswith(f"{self.name}/")
-        }
-        parts = []
-        for pair in self._pairs(batch):
-
-            def on_device(rows: np.ndarray) -> Tensor:
-                return torch.from_numpy(rows).to(hidden.device, non_blocking=True)
-
-            a = embeddings[pair.name_a].index_select(0, on_device(pair.rows_a))  # (P_a, E)
-            b = embeddings[pair.name_b].index_select(0, on_device(pair.rows_b))  # (P_b, E)
-            scores = scale * a @ b.T  # (P_a, P_b)
-            to_a, to_b = on_device(pair.targets_a), on_device(pair.targets_b)
-            parts.append(F.cross_entropy(scores.index_select(0, to_a), to_b, reduction="sum"))
-            parts.append(F.cross_entropy(scores.T.index_select(0, to_b), to_a, reduction="sum"))
-        if not parts:  # still part of the graph, so that every rank has a gradient for every parameter
-            parts = [(part * 0).sum() for part in (hidden, self.projection.weight, self.logit_scale)]
-        return LossSum(torch.stack(parts).sum(), self.count(batch))
-
-    def _pairs(self, batch: PackedBatch) -> list[MatchedPair]:
-        named = [(f"{self.name}/{a}", f"{self.name}/{b}") for a, b in self.config.pairs]
-        found = [match(a, b, batch.pairs[a], batch.pairs[b]) for a, b in named if a in batch.pairs and b in batch.pairs]
-        return [pair for pair in found if len(pair.targets_a)]
-
-
-class MatchedPair(NamedTuple):
-    """Two views of a batch: which embeddings are candidates, and which of them belong together. Host arrays.
-
-    Attributes:
-        name_a, name_b: the views.
-        rows_a, rows_b: the candidates, one for each sample; a sample that the bin holds twice must not be its own negative.
-        targets_a, targets_b: candidates that are partners, place by place.
-    """
-
-    name_a: str
-    name_b: str
-    rows_a: np.ndarray
-    rows_b: np.ndarray
-    targets_a: np.ndarray
-    targets_b: np.ndarray
-
-
-def match(name_a: str, name_b: str, samples_a: Sequence[int], samples_b: Sequence[int]) -> MatchedPair:
-    """Pairs up the embeddings of two views by the sample that each belongs to."""
-    unique_a, rows_a = np.unique(np.asarray(samples_a), return_index=True)
-    unique_b, rows_b = np.unique(np.asarray(samples_b), return_index=True)
-    return MatchedPair(name_a, name_b, rows_a, rows_b, *matching_rows(unique_a, unique_b))
-
-
-def matching_rows(a: Sequence[int] | np.ndarray, b: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers in `a` and in `b` of the samples that stand in both, place by place; each sample's first row."""
-    _, in_a, in_b = np.intersect1d(np.asarray(a), np.asarray(b), return_indices=True)
-    return in_a, in_b

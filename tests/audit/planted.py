@@ -17,8 +17,8 @@ from mmctx.layout import DocumentLayout
 from mmctx.model import MmctxModel
 from mmctx.objectives import LossSum
 from mmctx.objectives.captioning import TokenLoss
+from mmctx.objectives.contrastive import SimilarityLoss
 from mmctx.objectives.linear_cross_entropy import linear_cross_entropy
-from mmctx.objectives.similarity import SimilarityLoss
 from mmctx.pack import IGNORE_INDEX, PackedBatch
 
 

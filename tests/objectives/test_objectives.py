@@ -14,8 +14,9 @@ from mmctx.datasets.assemble import RunData, build_data
 from mmctx.errors import ConfigError
 from mmctx.objectives.base import next_token_labels
 from mmctx.objectives.captioning import Captioning, CaptioningConfig
+from mmctx.objectives.contrastive import SimilarityLoss
 from mmctx.objectives.masked_lm import MaskedLM, MaskedLMConfig
-from mmctx.objectives.similarity import SimilarityConfig, SimilarityLoss
+from mmctx.objectives.similarity import SimilarityConfig
 from mmctx.pack import IGNORE_INDEX, Document, MediaItem, pack_documents
 from mmctx.sample import Sample
 from mmctx.tokenizer import TextTokenizer

@@ -91,7 +91,7 @@ def run_step(model: MmctxModel, bins: list[PackedBatch], precision: str, mesh: M
         torch.manual_seed(number)  # as the loop does
         batch = bins[number]
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            losses = model(mesh.shard(batch).to(device))
+            losses = model.losses(mesh.shard(batch).to(device))
         torch.stack([loss.total for loss in losses.values()]).sum().backward()
         for name, loss in losses.items():
             found[f"loss/{name}"] = found.get(f"loss/{name}", 0) + loss.total.detach().double()

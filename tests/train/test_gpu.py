@@ -38,7 +38,7 @@ def test_forward_and_backward_never_wait_for_the_device(tree: dict[str, Any]) ->
 
     def step(batch) -> None:
         with torch.autocast("cuda", torch.bfloat16):
-            losses = model(batch.to("cuda"))
+            losses = model.losses(batch.to("cuda"))
             torch.stack([loss.total / max(loss.count, 1) for loss in losses.values()]).sum().backward()
 
     step(batches[0])  # kernels load, workspaces are allocated

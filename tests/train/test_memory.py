@@ -68,7 +68,7 @@ def measure_step(config: RunConfig, batch: PackedBatch, vocab_size: int) -> int:
 
     def step() -> None:
         for _ in range(config.data.bins_per_step):
-            losses = model(batch)
+            losses = model.losses(batch)
             torch.stack([loss.total for loss in losses.values()]).sum().backward()
             del losses
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -44,7 +44,7 @@ def test_model_and_losses_need_no_value_of_the_device(tree: dict[str, Any], acti
     with torch.device("meta"):
         model = build_model(config, len(data.tokenizer)).train()
     model.set_activations(ActivationsConfig.model_validate(activations))
-    losses = model(batch.to("meta"))
+    losses = model.losses(batch.to("meta"))
     torch.stack([loss.total / max(loss.count, 1) for loss in losses.values()]).sum().backward()
     gradients = [p.grad for p in model.parameters()]
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
