@@ -56,6 +56,14 @@ def test_cross_entropy():
         assert result["errors"][dtype]["ours"]["loss"] < 1e-4
 
 
+def test_contrastive():
+    result = run("contrastive.py")  # asserts equal losses and gradients
+    assert result["bars"] == {"memory": 4.0, "time": 0.75}
+    for loss in ("softmax", "sigmoid"):
+        assert set(result[loss]["our_peak_mib"]) == {"128", "256", "512"}
+        assert result[loss]["time_ratio"].keys() == {"clock", "processor"}
+
+
 def test_image_text_says_why_a_peer_is_left_out(tmp_path):
     """pip is told to look nowhere, so the peers' environments cannot be made."""
     result = run(

@@ -7,15 +7,12 @@ Shapes: N tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
-import re
 import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from peak import peak_mib
 from torch import Tensor
 
 from mmctx.objectives.linear_cross_entropy import has_bf16_products, linear_cross_entropy
@@ -48,13 +45,6 @@ def problem(dtype: torch.dtype, rows: int, width: int, vocabulary: int) -> tuple
     return hidden.requires_grad_(), weight.requires_grad_(), labels
 
 
-def memory_mib(name: str) -> float:
-    """`VmRSS` or its peak `VmHWM` of this process."""
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) / 1024
-
-
 def main() -> None:
     side, dtype, *shape = sys.argv[1:]
     torch.set_num_threads(1)
@@ -62,12 +52,7 @@ def main() -> None:
     hidden, weight, labels = problem(getattr(torch, dtype), rows, width, vocabulary)
     SIDES[side](hidden[:2], weight[:64], labels[:2] % 64).backward()  # loads the kernels
     hidden.grad = weight.grad = None
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = memory_mib("VmRSS")
-    SIDES[side](hidden, weight, labels).backward()
-    print(json.dumps({"peak_mib": memory_mib("VmHWM") - before}))
+    print(json.dumps({"peak_mib": peak_mib(lambda: SIDES[side](hidden, weight, labels).backward())}))
 
 
 if __name__ == "__main__":
