@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from accelerate import Accelerator
+
+from mmctx.train.config import TrainConfig
 
 PEAK_TFLOPS: dict[str, dict[str, float]] = {
     "NVIDIA B200": {"bf16": 2250, "fp32": 75},
@@ -25,6 +30,32 @@ PEAK_TFLOPS: dict[str, dict[str, float]] = {
     "NVIDIA GeForce RTX 3090": {"bf16": 71.0, "fp32": 35.6},
 }
 """TFLOP/s of dense products with float32 sums, by the device's name, from NVIDIA's data sheets; fp32 is without TF32, which stays off."""
+
+
+class Utilisation:
+    """What the devices of a run can do, against what they do.
+
+    Args:
+        config: of the run.
+        accelerator: of this process.
+    """
+
+    def __init__(self, config: TrainConfig, accelerator: Accelerator) -> None:
+        self._device, self._processes = accelerator.device, accelerator.num_processes
+        self._peak = peak_flops(accelerator.device, config.precision, config.peak_tflops)
+
+    def line(self, flops_per_s: float, gather: Callable[[Any], list[Any]]) -> dict[str, float | int | None]:
+        """For a line of metrics: model FLOP/s of all processes, their share of what is possible, and the largest peak of memory.
+
+        Args:
+            flops_per_s: of all processes.
+            gather: tells a value to all ranks, see `Sums.gather`.
+        """
+        return {
+            "flops_per_s": flops_per_s,
+            "mfu": None if self._peak is None else flops_per_s / (self._peak * self._processes),
+            "peak_memory": max(gather(peak_memory(self._device))),
+        }
 
 
 def peak_flops(device: torch.device, precision: str, tflops: float | None) -> float | None:

@@ -23,11 +23,11 @@ from mmctx.datasets.assemble import RunData, build_data
 from mmctx.datasets.planning.plan import Plan
 from mmctx.errors import CheckpointError, ConfigError, DataError, SkipBudgetError
 from mmctx.jsonl import read_lines
-from mmctx.train import loop, preflight
+from mmctx.train import preflight
 from mmctx.train.checkpoint import list_checkpoints, load_model, resolve_checkpoint
 from mmctx.train.config import RunConfig
 from mmctx.train.loop import train
-from mmctx.train.optim import learning_rate
+from mmctx.train.optim import learning_rate, update
 from mmctx.train.replay import replay
 
 pytestmark = pytest.mark.slow
@@ -130,7 +130,7 @@ def test_the_line_of_a_stop_between_two_lines_names_its_batch_too(tree: dict[str
             signal.raise_signal(signal.SIGINT)
         return learning_rate(step, *rest)
 
-    monkeypatch.setattr(loop, "learning_rate", rate)
+    monkeypatch.setattr(update, "learning_rate", rate)
     result = train(build(tree, "between", log_every=4, save_every=4))
     assert (result.step, result.interrupted) == (2, True)
     (line,) = read_lines(result.run_dir / "metrics.jsonl")

@@ -27,8 +27,8 @@ class GuardConfig(StrictModel):
     spike_factor: float | None = Field(default=None, gt=1)
     """A step is left out if its gradient norm exceeds so many times the running mean; null looks only for what is not finite."""
     window: int = Field(default=100, ge=1)
-    """Steps that the running mean looks back on: a plain mean over the first ones, then an exponential one. Until so many have been taken,
-    no step counts as a spike."""
+    """Steps that the running mean looks back on: a plain mean over the first ones, then an exponential one. Until so many of a stage have
+    been taken, no step counts as a spike."""
 
 
 @dataclass
@@ -136,6 +136,10 @@ class Guard:
                 f"{self.state.skipped} steps so far, more than train.guard.max_skips={self.config.max_skips} allows. skips.jsonl names the "
                 "batch of each, `mmctx replay` rebuilds them; lower train.optimizer.lr, mend the data, or raise the budget."
             )
+
+    def forget(self) -> None:
+        """What is usual changes, as when other modules are trained from now on: the mean starts anew."""
+        self._mean, self._seen = torch.zeros_like(self._mean), torch.zeros_like(self._seen)
 
     def save(self) -> GuardState:
         """The state as of now, for a checkpoint; waits for the device."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from pydantic import Field
 from torch import nn
@@ -34,6 +35,11 @@ class ModuleConfig(StrictModel):
 
 
 Modules = dict[str, ModuleConfig]
+
+
+class _HasModules(Protocol):
+    @property
+    def modules(self) -> Modules: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +90,11 @@ def check_modules(model: nn.Module, modules: Mapping[str, ModuleConfig], where: 
     names = [name for name, _ in model.named_parameters()]
     if names and all(settings_of(name, modules).freeze for name in names):
         raise ConfigError(f"{where}: every parameter is frozen, so there is nothing to train; unfreeze a module")
+
+
+def named_in(trains: Iterable[_HasModules]) -> list[str]:
+    """All paths that some stage names, given `TrainConfig` of each."""
+    return sorted({path for train in trains for path in train.modules})
 
 
 def _remedy(path: str, known: Sequence[str]) -> str:

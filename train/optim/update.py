@@ -73,6 +73,11 @@ class Update:
             with timed("ema"):
                 self.ema.update(step + 1)
 
+    def begin_stage(self) -> None:
+        """To be called before a stage's first step: gradients may be of another size now."""
+        if self._guard is not None:
+            self._guard.forget()
+
     def settle(self) -> None:
         """Waits for what is still open of the last step: before a line or a checkpoint is written, on all ranks."""
         if self._guard is not None:
