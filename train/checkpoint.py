@@ -1,7 +1,7 @@
 """Checkpoints: written whole or not at all, read only when whole.
 
 runs/NAME/checkpoint-1000/   config.json model.safetensors and the tokenizer's files
-    trainer/                 optimizer.pt trainer_state.json
+    trainer/                 optimizer.pt trainer_state.json, and ema.safetensors where train.ema is set
     COMPLETE                 written last
 runs/NAME/latest             symbolic link to the newest
 """
@@ -27,6 +27,8 @@ from mmctx.errors import CheckpointError
 from mmctx.model import MmctxModel, ModelConfig
 from mmctx.tokenizer import TextTokenizer
 from mmctx.train.config import RunConfig
+from mmctx.train.optim.ema import Ema, save_ema
+from mmctx.train.optim.guard import GuardState
 from mmctx.train.stages import find_changed_past, trained_stage
 
 FREE_TO_CHANGE = (
@@ -37,7 +39,9 @@ FREE_TO_CHANGE = (
     "train.save_every",
     "train.keep_checkpoints",
     "train.audit",
-    "train.tensorboard",
+    "train.trackers",
+    "train.peak_tflops",
+    "train.guard",
     "train.num_threads",
     "train.activations",
     "train.compile",
@@ -59,16 +63,19 @@ class TrainerState:
         skips: samples skipped so far, by reason.
         left_out: samples drawn so far that the index or their sizes rule out, by reason.
         segments: `Segment.to_json` of each.
+        guard: what the guard knows of usual gradients.
     """
 
     step: int = 0
     tokens: int = 0
+    tokens_by_modality: dict[str, int] = field(default_factory=dict)
     samples: int = 0
     skips: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
     train_seconds: float = 0.0
     planned_steps: int = 0
     segments: list[dict[str, Any]] = field(default_factory=list)
+    guard: GuardState = field(default_factory=GuardState)
 
     @property
     def skipped(self) -> int:
@@ -83,6 +90,7 @@ def save_checkpoint(
     tokenizer: TextTokenizer,
     optimizer: torch.optim.Optimizer,
     state: TrainerState,
+    ema: Ema | None = None,
 ) -> Path:
     """Writes `checkpoint-STEP` under a temporary name, flushes it to disk, renames it, then moves `latest` there."""
     final = run_dir / f"checkpoint-{state.step}"
@@ -98,6 +106,8 @@ def save_checkpoint(
     save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(partial)
     torch.save(optimizer.state_dict(), partial / "trainer" / "optimizer.pt")
+    if ema is not None:
+        save_ema(ema, partial / "trainer")
     (partial / "trainer" / "trainer_state.json").write_text(json.dumps(asdict(state), indent=2))
     (partial / "COMPLETE").touch()
     for path in sorted(partial.rglob("*"), reverse=True):
@@ -207,8 +217,10 @@ def read_state(checkpoint: Path) -> TrainerState:
     """
     path = checkpoint / "trainer" / "trainer_state.json"
     try:
-        return TrainerState(**_read_json(path))
-    except TypeError as error:
+        tree = _read_json(path)
+        tree["guard"] = GuardState(**tree["guard"])
+        return TrainerState(**tree)
+    except (KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path}: written by another version of mmctx ({error}); set run.name to start a new run"
         ) from None

@@ -6,10 +6,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from torch import Tensor
 
 from mmctx.attention.resolve import Resolution
 from mmctx.config import dump_config
@@ -22,6 +24,7 @@ from mmctx.determinism import deterministic_algorithms
 from mmctx.model import MmctxModel
 from mmctx.pack import PackedBatch
 from mmctx.parallel.mesh import Mesh, build_mesh
+from mmctx.ranges import timed
 from mmctx.train.attention import settled_attention
 from mmctx.train.audit import audit_before_training
 from mmctx.train.build import build_model
@@ -36,7 +39,10 @@ from mmctx.train.checkpoint import (
 from mmctx.train.config import RunConfig
 from mmctx.train.course import build_course
 from mmctx.train.interval import Interval
-from mmctx.train.optim import build_optimizer, learning_rate
+from mmctx.train.optim.ema import read_ema
+from mmctx.train.optim.modules import freeze, named_in
+from mmctx.train.optim.optimizer import build_optimizer
+from mmctx.train.optim.update import Update
 from mmctx.train.preflight import check_run
 from mmctx.train.records import (
     Metrics,
@@ -51,6 +57,8 @@ from mmctx.train.stages import Stage, stage_of
 from mmctx.train.step import GradientStep, MicroBatch
 from mmctx.train.stop import StopOnSignal
 from mmctx.train.sums import Sums
+from mmctx.train.utilisation import Utilisation
+from mmctx.train.wrap import wrap_again
 
 
 @dataclass(frozen=True)
@@ -117,9 +125,10 @@ def _sit_down(config: RunConfig, accelerator: Accelerator, attention: Resolution
         course = build_course(config, step, mesh.data_size, progress)
     shape = config.model_copy(update={"model": without_pretrained(config.model)}) if checkpoints else config
     model = build_model(shape, len(next(iter(course.values())).tokenizer))
-    optimizer = build_optimizer(model, config.train.optimizer)
+    optimizer = build_optimizer(model, config.train.optimizer, named_in(stage.config.train for stage in config.stages))
     state = resume(run_dir, config, model, optimizer)
-    return Sitting(config, accelerator, mesh, attention, run_dir, course, model, optimizer, state)
+    average = read_ema(checkpoints[-1] / "trainer") if checkpoints and config.train.ema else None
+    return Sitting(config, accelerator, mesh, attention, run_dir, course, model, optimizer, state, average)
 
 
 class Sitting:
@@ -136,21 +145,25 @@ class Sitting:
         model: MmctxModel,
         optimizer: torch.optim.Optimizer,
         state: TrainerState | None,
+        average: dict[str, Tensor] | None,
     ) -> None:
         self.config, self.accelerator, self.mesh, self.run_dir, self.course = config, accelerator, mesh, run_dir, course
         self.attention = attention
         self.state = state or TrainerState(planned_steps=config.steps)
         self.stages, self.steps = config.stages, config.steps
         self.raw_model = model
+        freeze(model, stage_of(self.stages, self.state.step).config.train.modules)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.saved = self.state.step
         self.bar = ProgressBar(self.steps, self.state.step, enabled=accelerator.is_main_process)
         last_step = state.step if state else -1
         self.ledger = open_ledger(run_dir, config.data.skip_budget, last_step, accelerator)
-        self.metrics = Metrics(run_dir, last_step, config.train.tensorboard) if accelerator.is_main_process else None
+        self.metrics = Metrics(run_dir, last_step, config) if accelerator.is_main_process else None
         self.sums = Sums(accelerator, mesh)
         self.weights = {name: objective.weight for name, objective in config.objectives.items()}
         self.gradient_step = GradientStep(accelerator, self.model, model, self.weights)
+        self.update = Update(config, model, optimizer, self.state.guard, average, self._note_step)
+        self.utilisation = Utilisation(config.train, accelerator)
         self._enter(stage_of(self.stages, self.state.step))
         if accelerator.is_main_process:
             self._introduce(resumed=state is not None)
@@ -159,7 +172,12 @@ class Sitting:
         """Takes up a stage: its data, its positions and windows, its plan from where the one before it stopped."""
         self.stage, self.data = stage, self.course.pop(stage.number)
         self.raw_model.trunk.set_context(stage.config.model.transformer)
+        if freeze(self.raw_model, stage.config.train.modules):
+            self.model = self.gradient_step.model = wrap_again(self.model, self.accelerator)
+        if self.state.step == stage.start:
+            self.update.begin_stage()
         self.plan = self._plan()
+        self.work = next(iter(self.data.tables.values())).work
         if self.accelerator.is_main_process:
             write_segments(self.run_dir, self.state.segments)
         if self.config.schedule and self.state.step == stage.start and self.metrics is not None:
@@ -225,22 +243,28 @@ class Sitting:
         """One optimizer step over this rank's bins of the global batch."""
         mesh, step, train = self.mesh, self.state.step, self.config.train
         waited = time.perf_counter()
-        mine = share_out(self.plan.step(step), mesh.data_rank, mesh.data_size)
-        whole = [next(batches) for _ in mine]
+        with timed("data"):
+            mine = share_out(self.plan.step(step), mesh.data_rank, mesh.data_size)
+            whole = [next(batches) for _ in mine]
         interval.data_wait += time.perf_counter() - waited
         parts = [mesh.shard(batch) for batch in whole]
         seeds = [derive_key(train.seed, "dropout", step, bin_number) >> 1 for bin_number, _ in mine]
         muster = self.sums.muster(self.raw_model, whole, parts)
         totals = self.gradient_step([MicroBatch(*one) for one in zip(seeds, parts, strict=True)], muster)
-        interval.grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), train.optimizer.clip_norm)
-        lr = learning_rate(step, self.steps, train.optimizer.lr, train.schedule) * self.stage.lr_factor
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        interval.add(whole, muster, totals)
-        interval.newest = [(number, batch) for (number, _), batch in zip(mine, whole, strict=True)]
+        with timed("clip"):
+            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), train.optimizer.clip_norm)
+            assert norm is not None  # DeepSpeed alone keeps it to itself
+        bins = [(number, batch) for (number, _), batch in zip(mine, whole, strict=True)]
+        loss = self.sums.loss(totals, muster.counts, self.weights)
+        self.update(self.stage, step, loss, norm, lambda: self.sums.fingerprint(bins))
+        interval.add(bins, muster, totals, norm, sum(self.work.batch(batch) for batch in whole))
         self._note_skips(whole, interval)
+
+    def _note_step(self, line: dict[str, Any]) -> None:
+        """The ledger's line of a step that was not taken."""
+        if self.accelerator.is_main_process:
+            self.ledger.write_event(line)
+            self.bar.say(f"WARNING: step {line['step']} was left out: {line['reason']}, see skips.jsonl")
 
     def _note_skips(self, micro_batches: list[PackedBatch], interval: Interval) -> None:
         if self.mesh.sequence_rank == 0:
@@ -253,8 +277,10 @@ class Sitting:
     def _log(self, interval: Interval) -> None:
         """Writes one line: the only place where the loop waits for the device."""
         state = self.state
-        line = interval.finish(self.sums, state, self.weights, self.stage.config.data.bin_tokens) | {
-            "lr": self.optimizer.param_groups[0]["lr"],
+        self.update.settle()
+        bin_tokens = self.stage.config.data.bin_tokens
+        line = interval.finish(self.sums, state, self.weights, bin_tokens, self.utilisation) | {
+            "lr": self.update.lr,
             "stage": self.stage.number,
             "segment": len(state.segments) - 1,
         }
@@ -265,9 +291,10 @@ class Sitting:
 
     def _save(self) -> None:
         self.saved = self.state.step
+        self.update.settle()
         if self.accelerator.is_main_process:
-            tokenizer = self.data.tokenizer
-            path = save_checkpoint(self.run_dir, self.config, self.raw_model, tokenizer, self.optimizer, self.state)
+            parts = (self.raw_model, self.data.tokenizer, self.optimizer, self.state, self.update.ema)
+            path = save_checkpoint(self.run_dir, self.config, *parts)
             self.bar.say(f"saved {path}")
         self.accelerator.wait_for_everyone()
 
