@@ -92,7 +92,8 @@ class SimilarityLoss(ComparingHalf):
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """The embeddings of one view that are compared: one for each sample, the first. One drawn twice must not be its own negative.
+    """The embeddings of one view that are compared: one for each sample, the first of the global step, whoever computes it. A sample drawn
+    twice must not be its own negative.
 
     Attributes:
         view: `OBJECTIVE/VIEW`.
@@ -111,8 +112,9 @@ class Candidates:
         """The candidates of a view."""
         by_rank = roster.samples(view)
         everyone = np.concatenate(by_rank)
+        order = np.argsort(roster.in_order(view))
         first = np.zeros(len(everyone), bool)
-        first[np.unique(everyone, return_index=True)[1]] = True
+        first[order[np.unique(everyone[order], return_index=True)[1]]] = True
         own = np.split(first, np.cumsum([len(samples) for samples in by_rank])[:-1])
         rows = tuple(np.flatnonzero(kept) for kept in own)
         return cls(view, everyone[first], tuple(len(r) for r in rows), rows)
