@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -75,7 +74,7 @@ def profile_run(config: RunConfig, steps: int, out: Path, stage: int = 1) -> dic
         alone = _thrown_away(config.stages[stage - 1].config, Path(folder), WARM_UP + steps)
         with deterministic_algorithms(alone.train.deterministic), sitting(alone) as run:
             run.take(WARM_UP)
-            with ranges_on(run.raw_model), profile(activities=activities, acc_events=True) as recorded:
+            with norms_apart(run.raw_model), profile(activities=activities, acc_events=True) as recorded:
                 started = time.perf_counter()
                 run.take(steps)
                 if cuda:
@@ -98,35 +97,23 @@ def _thrown_away(config: RunConfig, folder: Path, steps: int) -> RunConfig:
     return config.model_copy(update={"run": run, "train": train, "eval": EvalConfig()})
 
 
-def parts_of(model: MmctxModel) -> dict[str, list[nn.Module]]:
-    """The trunk's modules whose forward passes are told apart. What a block does outside of its norms and MLP is attention, with its
-    projections. Of a compiled block nothing can be told apart.
-    """
-    blocks = list(model.trunk.blocks)
-    if any(block.compiler for block in blocks):
-        return {"trunk: blocks": blocks, "trunk: norms": [model.trunk.norm]}
-    norms = [module for block in blocks for name, module in block.named_modules() if name.endswith("norm")]
-    mlps: list[Any] = [block.mlp for block in blocks]
-    return {"trunk: attention": blocks, "trunk: MLP": mlps, "trunk: norms": [*norms, model.trunk.norm]}
-
-
 @contextmanager
-def ranges_on(model: MmctxModel) -> Iterator[None]:
-    """While it lasts, forward passes of `parts_of` are ranges for the profiler."""
+def norms_apart(model: MmctxModel) -> Iterator[None]:
+    """While it lasts, the trunk's norms are ranges of their own; those of compiled blocks cannot be."""
+    compiled = any(block.compiler for block in model.trunk.blocks)
+    inside = [] if compiled else [m for name, m in model.trunk.blocks.named_modules() if name.endswith("norm")]
     open_ranges: list[Any] = []
 
-    def enter(part: str, module: nn.Module, args: Any) -> None:
-        open_ranges.append(timed(part))
+    def enter(module: nn.Module, args: Any) -> None:
+        open_ranges.append(timed("trunk: norms"))
         open_ranges[-1].__enter__()
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         open_ranges.pop().__exit__(None, None, None)
 
     hooks = []
-    for part, modules in parts_of(model).items():
-        for module in modules:
-            hooks.append(module.register_forward_pre_hook(partial(enter, part)))
-            hooks.append(module.register_forward_hook(leave))
+    for norm in (*inside, model.trunk.norm):
+        hooks += [norm.register_forward_pre_hook(enter), norm.register_forward_hook(leave)]
     try:
         yield
     finally:
