@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,16 +97,23 @@ def train(config: RunConfig) -> TrainResult:
 
 
 def _train(config: RunConfig) -> TrainResult:
+    with sitting(config) as opened:
+        return opened.run()
+
+
+@contextmanager
+def sitting(config: RunConfig) -> Iterator[Sitting]:
+    """A run, ready to go on; what it holds open is closed in the end."""
     accelerator = Accelerator(
         mixed_precision="bf16" if config.train.precision == "bf16" else "no", cpu=not torch.cuda.is_available()
     )
     try:
         with settled_attention(config, accelerator) as attention:
-            sitting = _sit_down(config, accelerator, attention)
+            opened = _sit_down(config, accelerator, attention)
             try:
-                return sitting.run()
+                yield opened
             finally:
-                sitting.close()
+                opened.close()
     finally:
         # A notebook may train again with another precision; accelerate keeps its state for the whole process.
         accelerator.end_training()
@@ -155,6 +163,7 @@ class Sitting:
         freeze(model, stage_of(self.stages, self.state.step).config.train.modules)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.saved = self.state.step
+        self.measured: Iterator[PackedBatch] | None = None
         self.bar = ProgressBar(self.steps, self.state.step, enabled=accelerator.is_main_process)
         last_step = state.step if state else -1
         self.ledger = open_ledger(run_dir, config.data.skip_budget, last_step, accelerator)
@@ -222,6 +231,16 @@ class Sitting:
                 self._save()
         interrupted, main = state.step < self.steps, self.accelerator.is_main_process
         return TrainResult(self.run_dir, state.step, interrupted, state.train_seconds, main)
+
+    def take(self, count: int) -> None:
+        """Takes so many steps and does nothing else: no lines, no checkpoints. For measurements, on a run that is thrown away."""
+        if self.measured is None:
+            self.measured = self._batches()
+        self.model.train()
+        for _ in range(count):
+            with timed("step"):
+                self._step(self.measured, Interval())
+            self.state.step += 1
 
     def _audit(self) -> None:
         """Looks for leaks before the first step of this sitting and of each stage, if that is wished; leaves no trace in the run."""

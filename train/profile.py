@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch import nn
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
+from torch.profiler import ProfilerActivity, profile
 
+from mmctx.determinism import deterministic_algorithms
+from mmctx.errors import ConfigError
+from mmctx.eval.config import EvalConfig
 from mmctx.model import MmctxModel
 from mmctx.ranges import PREFIX, timed
+from mmctx.train.config import RunConfig
+from mmctx.train.loop import sitting
 
 STEP, BACKWARD = "step", "backward"
+WARM_UP = 2
 _OTHER = "other"
 _AGAIN = " (again)"  # computed once more in the backward pass
 
@@ -37,37 +47,73 @@ class Part:
     share: float
 
 
-def parts_of(model: MmctxModel) -> dict[str, list[nn.Module]]:
-    """Modules whose forward passes are told apart. What a block does outside of its norms and MLP is attention with its projections."""
-    trunk, blocks = model.trunk, list(model.trunk.blocks)
-    norms = [module for block in blocks for name, module in block.named_modules() if name.endswith("norm")]
-    compiled = any(block.compiler for block in blocks)  # what is inside cannot be told apart
+def profile_run(config: RunConfig, steps: int, out: Path, stage: int = 1) -> dict[str, Any]:
+    """Takes a few steps of a run on fresh weights, in a folder that is thrown away, and measures the last of them.
+
+    Args:
+        config: of the run.
+        steps: that are measured, after some that warm up.
+        out: folder for `trace.json`, which chrome://tracing and https://ui.perfetto.dev show.
+        stage: of `schedule`, from 1.
+
+    Returns:
+        `steps`, `step_ms`, `clock` (host or device, which `share` is of), `parts` (see `Part`), `trace`.
+
+    Raises:
+        ConfigError: there is no such stage.
+    """
+    if not 1 <= stage <= len(config.stages):
+        raise ConfigError(f"--stage {stage}: the run has {len(config.stages)} stages, counted from 1")
+    activities, cuda = [ProfilerActivity.CPU], torch.cuda.is_available()
+    if cuda:
+        activities.append(ProfilerActivity.CUDA)
+    out.mkdir(parents=True, exist_ok=True)
+    if config.train.num_threads:
+        torch.set_num_threads(config.train.num_threads)
+    with TemporaryDirectory() as folder:
+        alone = _thrown_away(config.stages[stage - 1].config, Path(folder), WARM_UP + steps)
+        with deterministic_algorithms(alone.train.deterministic), sitting(alone) as run:
+            run.take(WARM_UP)
+            with norms_apart(run.raw_model), profile(activities=activities, acc_events=True) as recorded:
+                started = time.perf_counter()
+                run.take(steps)
+                if cuda:
+                    torch.cuda.synchronize()
+                seconds = time.perf_counter() - started
+    parts = break_down(recorded.events() or [], steps, cuda)
+    recorded.export_chrome_trace(str(out / "trace.json"))
     return {
-        **{f"{kind} encoder": [encoder] for kind, encoder in model.encoders.items()},
-        "trunk: blocks" if compiled else "trunk: attention": blocks,
-        **({} if compiled else {"trunk: MLP": [block.mlp for block in blocks]}),  # type: ignore[dict-item]
-        "trunk: norms": [trunk.norm] if compiled else [*norms, trunk.norm],
-        **{f"loss of {name}": [objective] for name, objective in model.objectives.items()},
+        "steps": steps,
+        "step_ms": 1e3 * seconds / steps,
+        "clock": "device" if cuda else "host",
+        "parts": [asdict(part) for part in parts],
+        "trace": str(out / "trace.json"),
     }
 
 
+def _thrown_away(config: RunConfig, folder: Path, steps: int) -> RunConfig:
+    train = config.train.model_copy(update={"steps": steps, "trackers": (), "audit": False})
+    run = config.run.model_copy(update={"dir": str(folder)})
+    return config.model_copy(update={"run": run, "train": train, "eval": EvalConfig()})
+
+
 @contextmanager
-def ranges_on(model: MmctxModel) -> Iterator[None]:
-    """While it lasts, forward passes of `parts_of` are ranges for the profiler."""
+def norms_apart(model: MmctxModel) -> Iterator[None]:
+    """While it lasts, the trunk's norms are ranges of their own; those of compiled blocks cannot be."""
+    compiled = any(block.compiler for block in model.trunk.blocks)
+    inside = [] if compiled else [m for name, m in model.trunk.blocks.named_modules() if name.endswith("norm")]
     open_ranges: list[Any] = []
 
-    def enter(part: str, module: nn.Module, args: Any) -> None:
-        open_ranges.append(timed(part))
+    def enter(module: nn.Module, args: Any) -> None:
+        open_ranges.append(timed("trunk: norms"))
         open_ranges[-1].__enter__()
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         open_ranges.pop().__exit__(None, None, None)
 
     hooks = []
-    for part, modules in parts_of(model).items():
-        for module in modules:
-            hooks.append(module.register_forward_pre_hook(partial(enter, part)))
-            hooks.append(module.register_forward_hook(leave))
+    for norm in (*inside, model.trunk.norm):
+        hooks += [norm.register_forward_pre_hook(enter), norm.register_forward_hook(leave)]
     try:
         yield
     finally:
