@@ -63,15 +63,17 @@ class PackedDataset(Dataset[PackedBatch]):
         self._prefetch(bin)
         for source_number, sample_id, epoch, part in bin.samples:
             try:
-                documents += self.documents(source_number, sample_id, epoch, part)
+                documents += self.documents(source_number, sample_id, epoch, part, bin.step)
             except SampleError as error:
                 skips.append(self.note(source_number, sample_id, error))
         used = len(bin.samples) - len(skips)
         left_out = [self.left_out(*entry) for entry in bin.left_out]
         return pack_documents(documents or [self._nothing()], self.tokenizer.placeholder_ids, skips, used, left_out)
 
-    def documents(self, source_number: int, sample_id: int, epoch: int, part: int = 0) -> list[Document]:
-        """All documents of one sample, or of one part of a sample that is split, of every objective of its source.
+    def documents(
+        self, source_number: int, sample_id: int, epoch: int, part: int = 0, step: int | None = None
+    ) -> list[Document]:
+        """All documents of one sample, or of one part of a sample that is split, of every objective of its source, at a global step.
 
         Raises:
             SampleError: the sample cannot be decoded or lacks what an objective needs.
@@ -87,7 +89,7 @@ class PackedDataset(Dataset[PackedBatch]):
         found: list[Document] = []
         for name in table.config.objectives:
             rng = np.random.default_rng(derive_key(self.seed, name, table.source.name, sample.key, epoch, part))
-            documents = self.objectives[name].documents(parts[part], rng)
+            documents = self.objectives[name].documents(parts[part], rng, step)
             if not documents and len(parts) == 1:
                 raise SampleError("missing_member", f"objective {name!r} finds nothing to learn from in this sample")
             found += documents
