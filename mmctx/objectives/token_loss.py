@@ -18,7 +18,7 @@ class TokenObjectiveConfig(ObjectiveConfig):
     """What every objective has that predicts tokens."""
 
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the target that is spread evenly over the whole vocabulary. 0 costs nothing."""
+    """Share of the target that is spread evenly over the whole vocabulary while training; evaluation gives the plain loss. 0 costs nothing."""
 
 
 class TokenLoss(nn.Module):
@@ -38,5 +38,6 @@ class TokenLoss(nn.Module):
         if positions is None:
             return LossSum((hidden * 0).sum() + (head * 0).sum(), 0)
         labels, states = batch.labels.index_select(0, positions), hidden.index_select(0, positions)  # (K,), (K, D)
-        loss = linear_cross_entropy(states, head, labels, label_smoothing=self.label_smoothing)
+        smoothing = self.label_smoothing if self.training else 0.0
+        loss = linear_cross_entropy(states, head, labels, label_smoothing=smoothing)
         return LossSum(loss, self.count(batch))
