@@ -10,17 +10,17 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from torch import Tensor
 
 from mmctx.datasets.config import NO_LIMIT, DataConfig, SourceConfig
 from mmctx.datasets.planning.split import cut, split_sample
 from mmctx.datasets.shards.contents import REASONS
 from mmctx.datasets.shards.measure import MEDIA_KINDS
 from mmctx.datasets.shards.source import Source
+from mmctx.encoders.audio import AudioPreprocessor
+from mmctx.encoders.image import ImagePreprocessor
 from mmctx.errors import ConfigError
 from mmctx.flops import Work
 from mmctx.objectives import DataHalf
-from mmctx.pack import MediaItem
 from mmctx.sample import Sample, SampleSizes
 
 LIMITED = ("tokens", "images", "audio_frames", "pairs")
@@ -41,8 +41,8 @@ class Preprocessors:
         frames_per_token: log-mel frames behind one token of sound.
     """
 
-    image: Callable[[Tensor], MediaItem] | None
-    audio: Callable[[Tensor, int], MediaItem] | None
+    image: ImagePreprocessor | None
+    audio: AudioPreprocessor | None
     image_tokens: Callable[[np.ndarray, np.ndarray], np.ndarray]
     audio_tokens: Callable[[np.ndarray, np.ndarray], np.ndarray]
     frames_per_token: int = 1
