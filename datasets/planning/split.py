@@ -99,7 +99,8 @@ def _part(sample: Sample, segments: Sequence[np.ndarray | MediaItem], number: in
     learned = None if sample.learned is None else tuple(sample.learned[piece.segment] for piece in pieces)
     uid = sample.uid  # each part is a sample by itself
     if number:
-        uid = make_uid(int(source_numbers(np.int64(uid))), derive_key(uid, "part", number) >> 16)
+        (source_number,) = source_numbers(np.array([uid])).tolist()
+        uid = make_uid(source_number, derive_key(uid, "part", number) >> 16)
     return replace(
         sample, uid=uid, texts=(), segments=tuple(_piece(segments, piece) for piece in pieces), learned=learned
     )

@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from mmctx.objectives.base import ids, lay_out, next_token_labels, text_column, text_of, token_counts
-from mmctx.objectives.token_loss import TokenLoss, TokenObjectiveConfig
+from mmctx.objectives.token_loss import TokenObjectiveConfig
 from mmctx.pack import IGNORE_INDEX, Document, MediaItem
 from mmctx.sample import Sample, SampleSizes
 from mmctx.tokenizer import TextTokenizer
@@ -113,6 +113,3 @@ def _is_learned(segments: Sequence[np.ndarray | MediaItem], learned: Sequence[bo
     """(L,) bool: tokens that may be predicted. The end of the document goes with its last segment."""
     lengths = [part.num_tokens if isinstance(part, MediaItem) else len(part) for part in segments]
     return np.repeat([*learned, learned[-1]], [*lengths, 1])
-
-
-__all__ = ["Captioning", "CaptioningConfig", "TokenLoss"]

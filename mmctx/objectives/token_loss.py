@@ -18,7 +18,7 @@ class TokenObjectiveConfig(ObjectiveConfig):
     """What every objective has that predicts tokens."""
 
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the target that is spread evenly over the whole vocabulary while training; evaluation gives the plain loss. 0 costs nothing."""
+    """Share of the target that is spread evenly over the vocabulary while training; evaluation gives the plain loss. 0 costs nothing."""
 
 
 class TokenLoss(nn.Module):

@@ -16,9 +16,9 @@ from mmctx.encoders.audio import AudioBlock
 from mmctx.layout import DocumentLayout
 from mmctx.model import MmctxModel
 from mmctx.objectives import LossSum
-from mmctx.objectives.captioning import TokenLoss
 from mmctx.objectives.contrastive import SimilarityLoss
 from mmctx.objectives.linear_cross_entropy import linear_cross_entropy
+from mmctx.objectives.token_loss import TokenLoss
 from mmctx.pack import IGNORE_INDEX, PackedBatch
 
 

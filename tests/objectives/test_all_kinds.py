@@ -85,8 +85,8 @@ def test_loss_and_gradients_are_the_sum_over_documents(
     model: MmctxModel, data: RunData, documents: list[Document], objective: str
 ) -> None:
     parameters = list(model.parameters())
-    packed = model(pack(data, documents))[objective]
-    alone = [model(pack(data, [d]))[objective] for d in documents if d.objective == objective]
+    packed = model.losses(pack(data, documents))[objective]
+    alone = [model.losses(pack(data, [d]))[objective] for d in documents if d.objective == objective]
     assert packed.count == sum(part.count for part in alone) > 0
     total = torch.stack([part.total for part in alone]).sum()
     torch.testing.assert_close(packed.total, total, rtol=1e-10, atol=1e-10)
