@@ -191,6 +191,7 @@ def test_spans_are_geometric_and_keep_the_share(tokenizer: TextTokenizer) -> Non
     assert set(short) == {1}  # 0.15 of 5 is less than one
 
 
+@settings(deadline=None)
 @given(length=st.integers(1, 60), data=st.data())
 def test_spans_take_exactly_their_budget(length: int, data: st.DataObject) -> None:
     budget = data.draw(st.integers(0, length))
@@ -202,6 +203,7 @@ def test_spans_take_exactly_their_budget(length: int, data: st.DataObject) -> No
     assert (np.diff(found.places) > 0).all()
 
 
+@settings(deadline=None)
 @given(length=st.integers(1, 30), pieces=st.integers(1, 40), seed=st.integers(0, 9))
 def test_shuffling_keeps_every_token(length: int, pieces: int, seed: int) -> None:
     found = shuffle_pieces(np.arange(length), pieces, np.random.default_rng(seed))
