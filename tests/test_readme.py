@@ -57,14 +57,14 @@ def test_python_names_exist() -> None:
 
 
 def test_yaml_holds_together() -> None:
-    """The data section is one, and the schedule fits it."""
+    """The sections are of one run."""
     sections = {name: part for lang, block in BLOCKS if lang == "yaml" for name, part in yaml.safe_load(block).items()}
-    assert sections.keys() == {"data", "schedule"}
+    assert sections.keys() == {"data", "schedule", "objectives", "augment"}
+    pairs = sections["data"]["sources"]["pairs"]
+    pairs["augment"] = sections.pop("augment")
     config = build_config(DataConfig, sections["data"], "README.md")
     assert config.sources.keys() == sections["data"]["sources"].keys()
-    names = {name for source in config.sources.values() for name in source.objectives}
-    kinds = {name: {"kind": name} for name in names}
-    run = {"run": {"name": "readme"}, "model": {}, "objectives": kinds} | sections
+    run = {"run": {"name": "readme"}, "model": {}} | sections
     first, second = build_config(RunConfig, run, "README.md").stages
     assert first.config.model.transformer.windows == (512, 512, None)
     assert second.config.data.context_length == 32768

@@ -163,7 +163,8 @@ def test_the_audit_sees_a_mean_that_lacks_a_position(
     batch = pack(data, documents)
     assert not mismatches(batch, documents)
     sizes = batch.pool_sizes["sentences/span0"]
-    wrong = replace(batch, pool_sizes=batch.pool_sizes | {"sentences/span0": (sizes[0] - 1, sizes[1] + 1, *sizes[2:])})
+    moved = {"sentences/span0": (sizes[0] - 1, sizes[1] + 1, *sizes[2:])}
+    wrong = replace(batch, pool_sizes={**batch.pool_sizes, **moved})
     assert {found.what for found in mismatches(wrong, documents)} == {"pooled"}
 
 
