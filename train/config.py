@@ -14,6 +14,7 @@ from mmctx.datasets.config import DataConfig
 from mmctx.eval.config import EvalConfig
 from mmctx.model import ModelConfig
 from mmctx.objectives import AnyObjective
+from mmctx.train.checkpoints.retention import KeepConfig
 from mmctx.train.stages import Stage, StageConfig, resolve_stages
 
 
@@ -73,8 +74,8 @@ class TrainConfig(StrictModel):
     """Steps between lines of metrics.jsonl; the device is asked for numbers only then."""
     save_every: int = Field(default=1000, ge=1)
     """Steps between checkpoints; one is always written at the end and on Ctrl-C."""
-    keep_checkpoints: int = Field(default=2, ge=1)
-    """Older ones are deleted."""
+    keep: KeepConfig = KeepConfig()
+    """Which checkpoints stay."""
     audit: bool = False
     """Audit the model for leaks on the data of the next step, before training and before each stage, and stop if there is one; see
     `mmctx audit`."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from mmctx.datasets.shards.contents import REASONS
 from mmctx.fingerprint import as_signed, bin_fingerprint, combine, show
 from mmctx.pack import PackedBatch
-from mmctx.train.checkpoint import TrainerState
+from mmctx.train.checkpoints.state import TrainerState
 from mmctx.train.sums import Muster, Sums
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -25,14 +26,11 @@ from mmctx.parallel.mesh import Mesh, build_mesh
 from mmctx.train.attention import settled_attention
 from mmctx.train.audit import audit_before_training
 from mmctx.train.build import build_model
-from mmctx.train.checkpoint import (
-    TrainerState,
-    list_checkpoints,
-    read_state,
-    resume,
-    save_checkpoint,
-    without_pretrained,
-)
+from mmctx.train.checkpoints.load import load_optimizer, load_run_config, load_weights, without_pretrained
+from mmctx.train.checkpoints.resume import checkpoint_to_resume
+from mmctx.train.checkpoints.same_run import check_same_run
+from mmctx.train.checkpoints.saver import Saver
+from mmctx.train.checkpoints.state import TrainerState, read_state
 from mmctx.train.config import RunConfig
 from mmctx.train.course import build_course
 from mmctx.train.interval import Interval
@@ -109,16 +107,19 @@ def _sit_down(config: RunConfig, accelerator: Accelerator, attention: Resolution
     size = config.train.sequence_parallel
     mesh = build_mesh(accelerator.device.type, accelerator.process_index, accelerator.num_processes, size)
     run_dir = Path(config.run.dir) / config.run.name
-    run_dir.mkdir(parents=True, exist_ok=True)
-    checkpoints = list_checkpoints(run_dir)
-    step = read_state(checkpoints[-1]).step if checkpoints else 0
+    checkpoint = checkpoint_to_resume(run_dir, accelerator)
+    state = read_state(checkpoint) if checkpoint else None
     with accelerator.main_process_first():  # the others find the indexes that the first one wrote
         progress = announce_indexing(enabled=accelerator.is_main_process)
-        course = build_course(config, step, mesh.data_size, progress)
-    shape = config.model_copy(update={"model": without_pretrained(config.model)}) if checkpoints else config
+        course = build_course(config, state.step if state else 0, mesh.data_size, progress)
+    shape = config.model_copy(update={"model": without_pretrained(config.model)}) if checkpoint else config
     model = build_model(shape, len(next(iter(course.values())).tokenizer))
+    if checkpoint and state:
+        check_same_run(load_run_config(checkpoint), config, checkpoint, state.step)
+        load_weights(model, checkpoint)
     optimizer = build_optimizer(model, config.train.optimizer)
-    state = resume(run_dir, config, model, optimizer)
+    if checkpoint:
+        load_optimizer(model, optimizer, checkpoint)
     return Sitting(config, accelerator, mesh, attention, run_dir, course, model, optimizer, state)
 
 
@@ -149,6 +150,8 @@ class Sitting:
         self.ledger = open_ledger(run_dir, config.data.skip_budget, last_step, accelerator)
         self.metrics = Metrics(run_dir, last_step, config.train.tensorboard) if accelerator.is_main_process else None
         self.sums = Sums(accelerator, mesh)
+        self.saver = Saver(run_dir, config, say=self.bar.say)
+        self.line: dict[str, Any] = {}
         self.weights = {name: objective.weight for name, objective in config.objectives.items()}
         self.gradient_step = GradientStep(accelerator, self.model, model, self.weights)
         self._enter(stage_of(self.stages, self.state.step))
@@ -185,6 +188,7 @@ class Sitting:
             interval = Interval()
             self.model.train()
             while state.step < self.steps and not self._stopped(stop):
+                self.saver.check()
                 if state.step == self.stage.stop:
                     del batches  # with its workers
                     self._enter(stage_of(self.stages, state.step))
@@ -202,6 +206,7 @@ class Sitting:
                 self._log(interval)
             if state.step > self.saved:
                 self._save()
+            self.saver.finish()
         interrupted, main = state.step < self.steps, self.accelerator.is_main_process
         return TrainResult(self.run_dir, state.step, interrupted, state.train_seconds, main)
 
@@ -258,6 +263,7 @@ class Sitting:
             "stage": self.stage.number,
             "segment": len(state.segments) - 1,
         }
+        self.line = line
         if self.metrics is not None:
             self.metrics.write(line)
             self.bar.log(line)
@@ -266,10 +272,7 @@ class Sitting:
     def _save(self) -> None:
         self.saved = self.state.step
         if self.accelerator.is_main_process:
-            tokenizer = self.data.tokenizer
-            path = save_checkpoint(self.run_dir, self.config, self.raw_model, tokenizer, self.optimizer, self.state)
-            self.bar.say(f"saved {path}")
-        self.accelerator.wait_for_everyone()
+            self.saver.save(self.raw_model, self.data.tokenizer, self.optimizer, self.state, self.line)
 
     def _stopped(self, stop: StopOnSignal) -> bool:
         """Whether some rank was asked to stop: all must agree."""

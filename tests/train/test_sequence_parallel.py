@@ -86,7 +86,7 @@ def test_a_run_goes_on_under_any_mesh(tree: dict[str, Any], corpus: Path, tmp_pa
     tree["eval"]["sources"] = {}
     tree["train"] |= {
         "save_every": 1,
-        "keep_checkpoints": 10,
+        "keep": {"last": 10},
         "optimizer": {"eps": 1e-4, "clip_norm": 100.0},
         "schedule": {"kind": "constant", "warmup_steps": 0},
     }

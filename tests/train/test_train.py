@@ -24,7 +24,9 @@ from mmctx.datasets.planning.plan import Plan
 from mmctx.errors import CheckpointError, ConfigError, DataError, SkipBudgetError
 from mmctx.jsonl import read_lines
 from mmctx.train import loop, preflight
-from mmctx.train.checkpoint import list_checkpoints, load_model, resolve_checkpoint
+from mmctx.train.checkpoints.layout import list_checkpoints, resolve_checkpoint
+from mmctx.train.checkpoints.load import load_model
+from mmctx.train.checkpoints.manifest import seal
 from mmctx.train.config import RunConfig
 from mmctx.train.loop import train
 from mmctx.train.optim import learning_rate
@@ -206,6 +208,7 @@ def test_checkpoints_bring_their_encoder_weights(tree: dict[str, Any]) -> None:
     description = json.loads(path.read_text())
     description["run"]["model"]["image"]["pretrained"] = tree["model"]["image"]["pretrained"] = True
     path.write_text(json.dumps(description))
+    seal(path.parent)
     assert load_model(run_dir)[2].model.model_dump()["image"]["pretrained"] is True
     assert train(build(tree, "tower", steps=3)).step == 3
 
