@@ -87,15 +87,16 @@ class WatchedLoader:
         where = self.loader.dataset.describe(source, sample)  # type: ignore[attr-defined]
         return f"loader worker {worker} (process {pid}) was reading {where}, for {seconds:.0f} s; {remedy} ({error})"
 
-
     def _kill(self, batches: Any) -> None:
         """Workers ignore SIGTERM, and this process could not end while one of them hangs."""
-        with suppress(Exception):
-            batches._shutdown_workers()  # or its handler of SIGCHLD takes what follows for an accident
         pids = {self.board.read(worker)[0] for worker in range(self.board.num_workers)}
         for process in multiprocessing.active_children():
             if process.pid in pids:
-                process.kill()
+                with suppress(RuntimeError):  # torch's handler of SIGCHLD takes it for an accident
+                    process.kill()
+                    process.join()
+        with suppress(Exception):
+            batches._shutdown_workers()  # takes their ids from that handler
 
 
 class StartWorker:

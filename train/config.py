@@ -15,6 +15,7 @@ from mmctx.eval.config import EvalConfig
 from mmctx.model import ModelConfig
 from mmctx.objectives import AnyObjective
 from mmctx.train.checkpoints.retention import KeepConfig
+from mmctx.train.distribution import DistributionConfig
 from mmctx.train.stages import Stage, StageConfig, resolve_stages
 
 
@@ -83,6 +84,8 @@ class TrainConfig(StrictModel):
     """Write TensorBoard events beside metrics.jsonl."""
     num_threads: int | None = None
     """CPU threads of torch; null leaves torch's choice."""
+    distribution: DistributionConfig = DistributionConfig()
+    """What each of several processes holds of the model."""
     sequence_parallel: int = Field(default=1, ge=1)
     """Processes that share each bin, token by token; it must divide the transformer's `num_heads` and the number of processes."""
     deterministic: bool = False
@@ -122,6 +125,10 @@ class RunConfig(StrictModel):
         if ranks > 1 and self.model.transformer.picture_positions == "grid":
             raise ValueError(
                 f"train.sequence_parallel={ranks} may cut a picture in two, and picture_positions: grid needs it whole; use sequence"
+            )
+        if self.train.audit and self.train.distribution.kind == "fsdp2":
+            raise ValueError(
+                "train.audit looks at whole models, and train.distribution.kind: fsdp2 splits them; run `mmctx audit CONFIG` instead"
             )
         pieces = {"activations.mlp_tile": self.train.activations.mlp_tile, "compile": self.train.compile}
         if ranks > 1 and self.model.transformer.dropout and (used := [name for name, value in pieces.items() if value]):

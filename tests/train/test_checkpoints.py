@@ -109,8 +109,8 @@ def test_the_next_save_waits_for_the_one_before_and_an_error_comes_out_once(tmp_
     while not writer.failed:
         pass
     with pytest.raises(FileNotFoundError):
-        writer.check()
-    writer.check()
+        writer.wait()
+    writer.wait()
 
 
 @pytest.mark.parametrize(

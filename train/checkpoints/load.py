@@ -59,7 +59,9 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
     try:
         weights = load_file(path)
     except Exception as error:  # safetensors raises its own types for damaged files
-        raise CheckpointError(f"{path}: cannot be read ({error}); delete {checkpoint} to fall back to the one before it") from None
+        raise CheckpointError(
+            f"{path}: cannot be read ({error}); delete {checkpoint} to fall back to the one before it"
+        ) from None
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

@@ -61,7 +61,9 @@ def verify(checkpoint: Path, optimizer: bool = True) -> None:
         if not path.exists():
             raise CheckpointError(f"{path}: missing; {_remedy(checkpoint)}")
         if (size := path.stat().st_size) != file["size"]:
-            raise CheckpointError(f"{path}: has {size:,} bytes, was written with {file['size']:,}; {_remedy(checkpoint)}")
+            raise CheckpointError(
+                f"{path}: has {size:,} bytes, was written with {file['size']:,}; {_remedy(checkpoint)}"
+            )
         if (found := _hash(path)) != file["sha256"]:
             raise CheckpointError(_differs(checkpoint, path, file["sha256"], found))
 

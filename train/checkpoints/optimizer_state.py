@@ -18,12 +18,16 @@ def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             if not isinstance(value, Tensor):
-                raise TypeError(f"optimizer state {key!r} of {name} is a {type(value).__name__}, only tensors can be saved")
+                raise TypeError(
+                    f"optimizer state {key!r} of {name} is a {type(value).__name__}, only tensors can be saved"
+                )
             found[f"{name}/{key}"] = value
     return found
 
 
-def restore_state(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], where: Path) -> None:
+def restore_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], where: Path
+) -> None:
     """Gives an optimizer what `named_state` found; `where` names the origin in errors.
 
     Raises:
@@ -35,7 +39,9 @@ def restore_state(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: M
     for place, tensor in tensors.items():
         name, _, key = place.rpartition("/")
         if name not in parameters or id(parameters[name]) not in numbers:
-            raise CheckpointError(f"{where}: holds {place!r}, but the optimizer has no parameter {name!r}; set run.name to start a new run")
+            raise CheckpointError(
+                f"{where}: holds {place!r}, but the optimizer has no parameter {name!r}; set run.name to start a new run"
+            )
         state.setdefault(numbers[id(parameters[name])], {})[key] = tensor
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 

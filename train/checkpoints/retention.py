@@ -71,4 +71,6 @@ def check_metric(keep: KeepConfig, line: Mapping[str, Any]) -> None:
         return
     numbers = [key for key, value in line.items() if value is None or isinstance(value, int | float)]
     if keep.best.metric not in numbers:
-        raise CheckpointError(f"train.keep.best.metric={keep.best.metric!r} is no number of metrics.jsonl; it has {', '.join(numbers)}")
+        raise CheckpointError(
+            f"train.keep.best.metric={keep.best.metric!r} is no number of metrics.jsonl; it has {', '.join(numbers)}"
+        )

@@ -24,6 +24,7 @@ FREE_TO_CHANGE = (
     "train.activations",
     "train.compile",
     "train.sequence_parallel",
+    "train.distribution",
     "train.deterministic",
     "data",
     "schedule",

@@ -30,14 +30,20 @@ class Saver:
     Args:
         run_dir: the run's folder.
         config: of the run.
-        shards: the ranks that hold parts of the parameters, which must all save; None where this process holds them whole.
+        shards: the ranks that hold parts of the parameters; None where each holds them whole.
+        idle: another rank writes what this one holds as well.
         say: told of each checkpoint that is whole on the disk, from the thread.
     """
 
     def __init__(
-        self, run_dir: Path, config: RunConfig, shards: Shards | None = None, say: Callable[[str], None] = lambda text: None
+        self,
+        run_dir: Path,
+        config: RunConfig,
+        shards: Shards | None = None,
+        idle: bool = False,
+        say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.run_dir, self.config, self.shards, self.say = run_dir, config, shards, say
+        self.run_dir, self.config, self.shards, self.idle, self.say = run_dir, config, shards, idle, say
         self._writer = Writer()
         self._weights, self._optimizer, self._copied = Snapshot(), Snapshot(), Copied()
         self._tokenizer: tuple[TextTokenizer, dict[str, bytes]] | None = None
@@ -53,19 +59,27 @@ class Saver:
     ) -> None:
         """Copies everything and returns; the next step may change it. Waits for the checkpoint before this one, if that is still written.
 
+        Does nothing once something could not be written: see `failed`. All ranks call it.
+
         Args:
             model, tokenizer, optimizer, state: of the run.
             metrics: the line of this step.
 
         Raises:
-            CheckpointError: the checkpoint before this one could not be written, or `train.keep` names a metric that there is not.
+            CheckpointError: `train.keep` names a metric that there is not.
         """
-        self._writer.wait()
         check_metric(self.config.train.keep, metrics or {})
+        self._writer.join()
+        if self.idle or self.failed:
+            return
         weights, optimizer_state = self._copy(model.state_dict(), named_state(model, optimizer))
         contents = Contents(
             state=replace(state, skips=dict(state.skips), left_out=dict(state.left_out), segments=list(state.segments)),
-            description={"model_type": "mmctx", "vocab_size": model.vocab_size, "run": self.config.model_dump(mode="json")},
+            description={
+                "model_type": "mmctx",
+                "vocab_size": model.vocab_size,
+                "run": self.config.model_dump(mode="json"),
+            },
             weights=weights,
             optimizer=optimizer_state,
             texts=self._tokenizer_files(tokenizer),
@@ -73,13 +87,9 @@ class Saver:
         )
         self._writer.submit(lambda: self._write(contents))
 
-    def check(self) -> None:
-        """Raises what went wrong in the thread, without waiting for it."""
-        self._writer.check()
-
     @property
     def failed(self) -> bool:
-        """Whether `check` and `finish` would raise."""
+        """Whether something could not be written: `finish` says what."""
         return self._writer.failed
 
     def finish(self) -> None:
@@ -89,6 +99,10 @@ class Saver:
             CheckpointError: something could not be written.
         """
         self._writer.wait()
+
+    def settle(self) -> None:
+        """Waits for what is being written, whatever becomes of it."""
+        self._writer.join()
 
     def _copy(
         self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]

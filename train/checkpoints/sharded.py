@@ -63,7 +63,9 @@ class Shards:
             try:
                 _save(contents.optimizer, Path(self._hear()), self.group)
             except OSError as error:
-                raise CheckpointError(f"step {contents.state.step}: a checkpoint could not be written ({error})") from error
+                raise CheckpointError(
+                    f"step {contents.state.step}: a checkpoint could not be written ({error})"
+                ) from error
             self._hear()
             return None
         others_listen = True
