@@ -7,7 +7,7 @@ exchanges in the same order: `MmctxModel` runs all of its encoders for every bat
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch

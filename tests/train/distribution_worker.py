@@ -1,6 +1,6 @@
 """One rank of `test_distribution.py`, and the steps that it and the single process both take.
 
-    torchrun --nproc-per-node 4 tests/train/distribution_worker.py TREE.json OUT.pt
+torchrun --nproc-per-node 4 tests/train/distribution_worker.py TREE.json OUT.pt
 """
 
 from __future__ import annotations

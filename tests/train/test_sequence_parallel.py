@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ TOLERANCES = {"fp64": (1e-12, 1e-11), "fp32": (1e-6, 1e-5), "bf16": (2e-2, 1e-1)
 """Of losses and of gradients, relative to the largest element of the tensor, or to 0.01 if that is more."""
 
 
-def torchrun(ranks: int, *command: str) -> subprocess.Popen:
+def torchrun(ranks: int, *command: str, launch: Sequence[str] = ("--standalone",)) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *command],
+        [sys.executable, "-m", "torch.distributed.run", *launch, f"--nproc-per-node={ranks}", *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
