@@ -25,6 +25,7 @@ from mmctx.train.checkpoints.manifest import verify
 from mmctx.train.checkpoints.state import read_state
 from mmctx.train.config import RunConfig
 from mmctx.train.loop import TrainResult, train
+from mmctx.train.optim.ema import load_ema
 from mmctx.train.stages import trained_stage
 
 
@@ -78,8 +79,13 @@ def evaluate(
     state = read_state(folder)
     if results.get("recall") and load_run_config(folder).schedule:
         results["recall"]["stages"] = recall_curve(run_dir, until=state.step, overrides=overrides, progress=progress)
-    results |= {"step": state.step, "tokens": state.tokens, "train_seconds": round(state.train_seconds, 1)}
-    results = _joined(_of_the_same_step(run_dir / "report.json", state.step), results)
+    results |= {
+        "weights": config.eval.weights,
+        "step": state.step,
+        "tokens": state.tokens,
+        "train_seconds": round(state.train_seconds, 1),
+    }
+    results = _joined(_of_the_same_weights(run_dir / "report.json", state.step, config.eval.weights), results)
     results["loss"] = summarise_losses(run_dir, results.get("loss", {}))
     write_report(run_dir, results, config, context.data, batch=_first_batch(_with_tokenizer(config, folder)))
     return results
@@ -95,6 +101,8 @@ def _context(
         raise ConfigError(
             "eval.sources is empty: name held-out shards to evaluate on, for example eval.sources.held_out.shards=..."
         )
+    if config.eval.weights == "ema":
+        load_ema(model, folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = build_dataset(_with_tokenizer(config, folder), held_out=True)
     bf16 = config.train.precision == "bf16"
@@ -155,12 +163,12 @@ def _overridden(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     return config_module.build_config(RunConfig, tree, where="overrides")
 
 
-def _of_the_same_step(path: Path, step: int) -> dict[str, Any]:
+def _of_the_same_weights(path: Path, step: int, weights: str) -> dict[str, Any]:
     """Earlier results of the same checkpoint: running one suite again does not throw away the others'."""
     if not path.exists():
         return {}
     earlier = json.loads(path.read_text())
-    return earlier if earlier.get("step") == step else {}
+    return earlier if (earlier.get("step"), earlier.get("weights")) == (step, weights) else {}
 
 
 def _joined(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:

@@ -38,6 +38,10 @@ class CheckpointError(MmctxError):
     """A checkpoint that is incomplete, damaged or belongs to another configuration."""
 
 
+class GuardError(MmctxError):
+    """More steps had to be left out, for losses or gradients that were not finite or too large, than the run allows."""
+
+
 class LeakError(MmctxError):
     """An audit found documents that see each other, or could not have found any."""
 

@@ -2,7 +2,9 @@
 
 Model FLOPs, forward and backward (three times forward), by the usual convention (PaLM, Chowdhery et al. 2022, appendix B): two for each
 multiply-add, 6 P T for P matrix parameters on T tokens, attention counted over the pairs that may see each other, so that causal attention
-costs half of bidirectional. Recomputation and optimizer are not counted.
+costs half of bidirectional. Encoders count, and attention inside a picture and a clip. Recomputation and optimizer are not counted; nor are
+the products of similarity losses, which are few. Three times forward holds a gradient of pixels and frames that nobody needs, and of frozen
+modules: PyTorch, which counts what runs, finds a little less.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import numpy as np
 from mmctx.encoders.audio import AudioEncoder
 from mmctx.encoders.image import ImageEncoder
 from mmctx.model import VOCAB_MULTIPLE, ModelConfig
+from mmctx.pack import PackedBatch
 from mmctx.transformer import TransformerConfig
 
 FORWARD_AND_BACKWARD = 3
@@ -27,9 +30,11 @@ class Work:
         token: of the trunk's matrices, for each token.
         label: of the output head, for each position with a label.
         image: of the image encoder, for each picture.
-        audio_token: of the sound encoder, for each embedding it makes; attention among those of one clip is not counted.
+        audio_token: of the sound encoder, for each embedding it makes, as if it were a clip of its own.
         windows: window of each layer, None for a global one.
         width: H * d, channels of attention.
+        audio_square: of attention in the sound encoder, times the square of the embeddings of a clip (or chunk of one).
+        audio_chunk: embeddings that see each other at most.
     """
 
     token: int
@@ -38,6 +43,8 @@ class Work:
     audio_token: int
     windows: tuple[int | None, ...]
     width: int
+    audio_square: int = 0
+    audio_chunk: int = 1
 
     def attention(self, lengths: np.ndarray, causal: bool) -> np.ndarray:
         """FLOPs of attention inside documents of these lengths, any shape of int64, over all layers."""
@@ -45,6 +52,27 @@ class Work:
         for window in set(self.windows):
             pairs += self.windows.count(window) * count_pairs(lengths, causal, window)
         return 4 * FORWARD_AND_BACKWARD * self.width * pairs
+
+    def clips(self, num_tokens: np.ndarray) -> np.ndarray:
+        """FLOPs of the sound encoder over clips of so many embeddings (n,), attention among them included."""
+        num_tokens = np.asarray(num_tokens, np.int64)
+        whole, rest = np.divmod(num_tokens, self.audio_chunk)
+        squares = whole * self.audio_chunk**2 + rest**2
+        return num_tokens * self.audio_token + (squares - num_tokens) * self.audio_square
+
+    def batch(self, batch: PackedBatch) -> int:
+        """FLOPs of a training step over a packed batch, from what the host knows of it."""
+        layout, media = batch.layout, batch.media
+        lengths = np.array(layout.lengths, np.int64)
+        total = batch.num_tokens * self.token
+        total += sum(len(positions) for positions in batch.label_positions.values()) * self.label
+        total += int(self.attention(lengths[: layout.num_causal], causal=True).sum())
+        total += int(self.attention(lengths[layout.num_causal :], causal=False).sum())
+        if "image" in media:
+            total += len(media["image"].num_tokens) * self.image
+        if "audio" in media:
+            total += int(self.clips(np.array(media["audio"].num_tokens)).sum())
+        return total
 
 
 def count_pairs(lengths: np.ndarray, causal: bool, window: int | None) -> np.ndarray:
@@ -67,6 +95,8 @@ def estimate_work(config: ModelConfig, vocab_size: int) -> Work:
         audio_token=FORWARD_AND_BACKWARD * AudioEncoder.flops(audio, trunk.width) if audio else 0,
         windows=tuple(trunk.layer_window(layer) for layer in range(trunk.depth)),
         width=trunk.num_heads * trunk.head_width,
+        audio_square=4 * FORWARD_AND_BACKWARD * audio.depth * audio.width * audio.shuffle**2 if audio else 0,
+        audio_chunk=audio.chunk_frames // audio.frames_per_token if audio else 1,
     )
 
 

@@ -21,6 +21,7 @@ from mmctx.layout import DocumentLayout
 from mmctx.objectives import AnyObjective, ComparingHalf, LossSum, Roster, build_model_halves
 from mmctx.objectives.captioning import TokenLoss
 from mmctx.pack import PackedBatch
+from mmctx.ranges import timed
 from mmctx.rope import grid_positions
 from mmctx.transformer import Transformer, TransformerConfig
 
@@ -104,7 +105,8 @@ class MmctxModel(nn.Module):
             # Other ranks may have some: an encoder that sat out here would leave their gradient reduction hanging. Alone, too, so that
             # the optimizer sees zeros rather than no gradient, whatever the number of ranks.
             idle = media is None or not media.num_tokens
-            rows = encoder(encoder.empty_batch(embeddings.device) if idle else media).to(embeddings.dtype)  # type: ignore[operator]
+            with timed(f"{kind} encoder"):
+                rows = encoder(encoder.empty_batch(embeddings.device) if idle else media).to(embeddings.dtype)  # type: ignore[operator]
             if idle:
                 embeddings, rows = embeddings + rows.sum() * 0, rows[:0]
             if media is not None:
@@ -137,10 +139,11 @@ class MmctxModel(nn.Module):
         losses: dict[str, LossSum] = {}
         embedded: dict[str, dict[str, Tensor]] = {}
         for name, objective in self.objectives.items():
-            if isinstance(objective, ComparingHalf):
-                embedded[name] = objective.embed_batch(hidden, batch)
-            elif not embed_only:
-                losses[name] = objective(hidden, batch, self.head_weight)
+            with timed(f"loss of {name}"):
+                if isinstance(objective, ComparingHalf):
+                    embedded[name] = objective.embed_batch(hidden, batch)
+                elif not embed_only:
+                    losses[name] = objective(hidden, batch, self.head_weight)
         return StepOutputs(losses, embedded)
 
     def losses(self, batch: PackedBatch) -> dict[str, LossSum]:

@@ -22,6 +22,8 @@ IGNORE_INDEX = -100
 MODALITIES = ("image", "audio")
 """Kinds of media that an encoder turns into tokens."""
 
+TOKEN_KINDS = ("text", *MODALITIES)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MediaItem:
@@ -139,6 +141,12 @@ class PackedBatch:
     def num_tokens(self) -> int:
         """T, of a part the tokens in it."""
         return self.input_ids.shape[0]
+
+    @property
+    def tokens_by_modality(self) -> dict[str, int]:
+        """How many tokens stand for text and for each kind of media, a picture as often as documents show it."""
+        slots = {kind: len(media.slots) for kind, media in self.media.items()}
+        return {"text": self.num_tokens - sum(slots.values())} | slots
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
         """The same batch on another device."""

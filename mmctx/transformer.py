@@ -25,6 +25,7 @@ from mmctx.offload import HostOffload
 from mmctx.parallel.dropout import shard_dropout
 from mmctx.parallel.exchange import TokenShards
 from mmctx.parallel.ulysses import sequence_attention
+from mmctx.ranges import timed
 from mmctx.rope import RopeConfig, Rotary, rotate
 
 
@@ -168,11 +169,14 @@ class Block(nn.Module):
         compiler = self.compiler if cache is None else None  # generation calls with sizes of its own
 
         def attend(x: Tensor) -> Tensor:
-            q, k, v = run(compiler, _project, self, x, *rope)
-            return run(compiler, _merge, self, x, self.attention.attend(q, k, v, layout, cache), shards=layout.shards)
+            with timed("trunk: attention"):
+                q, k, v = run(compiler, _project, self, x, *rope)
+                mixed = self.attention.attend(q, k, v, layout, cache)
+                return run(compiler, _merge, self, x, mixed, shards=layout.shards)
 
         def feed_forward(x: Tensor) -> Tensor:
-            return run(compiler, _feed_forward, self, x, shards=layout.shards)
+            with timed("trunk: MLP"):
+                return run(compiler, _feed_forward, self, x, shards=layout.shards)
 
         random = self.dropout > 0
         tile = self.activations.mlp_tile if self.training else None

@@ -16,7 +16,13 @@ from mmctx.model import ModelConfig
 from mmctx.objectives import AnyObjective
 from mmctx.train.checkpoints.retention import KeepConfig
 from mmctx.train.distribution import DistributionConfig
+from mmctx.train.optim.config import AdamWConfig, AnyOptimizer
+from mmctx.train.optim.ema import EmaConfig
+from mmctx.train.optim.guard import GuardConfig
+from mmctx.train.optim.learning_rate import ScheduleConfig
+from mmctx.train.optim.modules import ModuleConfig
 from mmctx.train.stages import Stage, StageConfig, resolve_stages
+from mmctx.train.trackers import TrackerName
 
 
 class RunInfo(StrictModel):
@@ -28,32 +34,6 @@ class RunInfo(StrictModel):
     """Folder of all runs."""
 
 
-class OptimizerConfig(StrictModel):
-    """AdamW with decay groups (Loshchilov and Hutter 2019)."""
-
-    lr: float = Field(default=1e-3, gt=0)
-    """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.98)
-    """AdamW's moment decays."""
-    eps: float = Field(default=1e-8, gt=0)
-    """AdamW's epsilon."""
-    weight_decay: float = Field(default=0.1, ge=0)
-    """Decoupled L2, on matrices only: not on norms, biases, embeddings and scales."""
-    clip_norm: float = Field(default=1.0, gt=0)
-    """Gradients are scaled down to this global norm."""
-
-
-class ScheduleConfig(StrictModel):
-    """Learning rate as a pure function of the step."""
-
-    kind: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape after the warm-up."""
-    warmup_steps: int = Field(default=100, ge=0)
-    """Linear rise from zero."""
-    final_ratio: float = Field(default=0.05, ge=0, le=1)
-    """Share of the peak that is left at the last step."""
-
-
 class TrainConfig(StrictModel):
     """The loop."""
 
@@ -63,10 +43,16 @@ class TrainConfig(StrictModel):
     """Seeds weights, order, masking and dropout."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs matrix products in bfloat16 under autocast; weights and optimizer stay fp32."""
-    optimizer: OptimizerConfig = OptimizerConfig()
-    """AdamW."""
+    optimizer: AnyOptimizer = AdamWConfig()
+    """`kind: adamw`, `adafactor` or `muon`."""
+    modules: dict[str, ModuleConfig] = Field(default_factory=dict)
+    """Learning rate, weight decay and freezing of single modules, by their paths, such as `encoders.image`; stages may change them."""
     schedule: ScheduleConfig = ScheduleConfig()
     """Learning rate."""
+    ema: EmaConfig | None = None
+    """Keeps averaged weights, too, for `eval.weights: ema`; null does not."""
+    guard: GuardConfig | None = GuardConfig()
+    """Leaves out steps that would harm the weights; null takes each step as it comes."""
     activations: ActivationsConfig = ActivationsConfig()
     """What is kept for the backward pass and what is computed again: memory against time."""
     compile: bool = False
@@ -80,8 +66,10 @@ class TrainConfig(StrictModel):
     audit: bool = False
     """Audit the model for leaks on the data of the next step, before training and before each stage, and stop if there is one; see
     `mmctx audit`."""
-    tensorboard: bool = False
-    """Write TensorBoard events beside metrics.jsonl."""
+    trackers: tuple[TrackerName, ...] = ()
+    """Who gets the lines of metrics.jsonl, too: `tensorboard` (in the run's folder), `wandb` (project `$WANDB_PROJECT` or mmctx)."""
+    peak_tflops: float | None = Field(default=None, gt=0)
+    """TFLOP/s that one device could do at `precision`, for the model FLOPs utilisation; null looks it up by the device's name."""
     num_threads: int | None = None
     """CPU threads of torch; null leaves torch's choice."""
     distribution: DistributionConfig = DistributionConfig()
@@ -144,6 +132,10 @@ class RunConfig(StrictModel):
                         raise ValueError(
                             f"{where}.sources.{name}.objectives names {objective!r}, but `objectives` defines {defined}"
                         )
+        if self.eval.weights == "ema" and self.train.ema is None:
+            raise ValueError(
+                "eval.weights=ema asks for averaged weights, but train.ema is null; set it, for example train.ema.decay=0.999"
+            )
         if self.schedule and self.train.steps is not None:
             raise ValueError(
                 f"train.steps={self.train.steps} and a schedule of {self.steps} steps: the stages say how long a run is, remove train.steps"

@@ -12,6 +12,7 @@ from mmctx.datasets.planning.plan import Plan
 from mmctx.errors import ConfigError, DataError
 from mmctx.train.config import RunConfig
 from mmctx.train.memory import estimate_memory
+from mmctx.train.optim.learning_rate import learning_rate
 from mmctx.train.segments import Segment, continue_segments
 from mmctx.train.stages import Stage, stage_of
 
@@ -64,10 +65,21 @@ def forecast_run(config: RunConfig, where: str) -> dict[str, Any]:
         steps = stage.stop - stage.start
         step, number = largest_bin(plan, steps)
         memory = estimate_memory(stage.config, data.dataset[plan.step(step)[number]], len(data.tokenizer))
-        span = {"first_step": stage.start + 1, "last_step": stage.stop}
+        span: dict[str, Any] = {"first_step": stage.start + 1, "last_step": stage.stop}
+        span["learning_rate"] = {
+            "first": rate_at(config, stage, stage.start),
+            "middle": rate_at(config, stage, (stage.start + stage.stop) // 2),
+            "last": rate_at(config, stage, stage.stop - 1),
+        }
         stages.append(span | stage.differences | forecast(plan, steps) | {"memory": memory})
     totals = {name: sum(stage[name] for stage in stages) for name in ("steps", "tokens", "flops")}
     return totals | {"peak_memory": max(stage["memory"]["total"] for stage in stages), "stages": stages}
+
+
+def rate_at(config: RunConfig, stage: Stage, step: int) -> float:
+    """Learning rate of step `step` (from 0) of a run, which belongs to `stage`."""
+    schedule = config.train.schedule.in_steps(config.stages)
+    return learning_rate(step, config.steps, config.train.optimizer.lr, schedule) * stage.lr_factor
 
 
 def follow(config: RunConfig, where: str) -> Iterator[tuple[Stage, RunData, Plan]]:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from mmctx.datasets.shards.contents import REASONS
-from mmctx.fingerprint import as_signed, bin_fingerprint, combine, show
-from mmctx.pack import PackedBatch
+from mmctx.pack import TOKEN_KINDS, PackedBatch
 from mmctx.train.checkpoints.state import TrainerState
 from mmctx.train.sums import Muster, Sums
+from mmctx.train.utilisation import Utilisation
 
 
 @dataclass
@@ -28,6 +28,8 @@ class Interval:
     grad_norm: Tensor | None = None
     tokens: int = 0
     samples: int = 0
+    by_modality: Counter[str] = field(default_factory=Counter)
+    flops: int = 0
     bins: int = 0
     steps: int = 0
     skips: Counter[str] = field(default_factory=Counter)
@@ -36,9 +38,29 @@ class Interval:
     data_wait: float = 0.0
     started: float = field(default_factory=time.perf_counter)
 
-    def add(self, micro_batches: Sequence[PackedBatch], muster: Muster, totals: Mapping[str, Tensor]) -> None:
-        """One more step: this rank's batches, what the whole step held, and this rank's share of each objective's loss."""
+    def add(
+        self,
+        bins: Sequence[tuple[int, PackedBatch]],
+        muster: Muster,
+        totals: Mapping[str, Tensor],
+        grad_norm: Tensor,
+        flops: int,
+    ) -> None:
+        """One more step.
+
+        Args:
+            bins: this rank's, numbered.
+            muster: what the whole step held.
+            totals: this rank's share of each objective's loss.
+            grad_norm: of the whole step, on the device.
+            flops: model FLOPs of `bins`.
+        """
         self.steps += 1
+        self.newest, self.grad_norm = list(bins), grad_norm
+        self.flops += flops
+        micro_batches = [batch for _, batch in bins]
+        for batch in micro_batches:
+            self.by_modality.update(batch.tokens_by_modality)
         self.counts.update(muster.counts)
         self.negatives.update(muster.negatives)
         for name, total in totals.items():
@@ -66,7 +88,14 @@ class Interval:
                 reason, total = (*REASONS, "other")[place], (skips, left_out)[which]
                 total[reason] = total.get(reason, 0) + count
 
-    def finish(self, sums: Sums, state: TrainerState, weights: Mapping[str, float], bin_tokens: int) -> dict[str, Any]:
+    def finish(
+        self,
+        sums: Sums,
+        state: TrainerState,
+        weights: Mapping[str, float],
+        bin_tokens: int,
+        utilisation: Utilisation,
+    ) -> dict[str, Any]:
         """The line of metrics, over all ranks, and the run's totals brought up to date: the only place that waits for the device.
 
         Args:
@@ -74,11 +103,17 @@ class Interval:
             state: of the run; its tokens, samples, skips and seconds grow.
             weights: of the objectives.
             bin_tokens: that a bin holds at most.
+            utilisation: what the devices can do.
         """
-        fingerprint = combine(bin_fingerprint(number, batch) for number, batch in self.newest)
-        mine = [self.tokens, self.samples, self.bins, as_signed(fingerprint), *self.by_reason()]
-        tokens, samples, bins, fingerprint, *by_reason = sums.of_batches(mine)
+        modalities = [self.by_modality[name] for name in TOKEN_KINDS]
+        mine = [self.tokens, self.samples, self.bins, self.flops, *modalities, *self.by_reason()]
+        tokens, samples, bins, flops, *rest = sums.of_batches(mine)
+        modalities, by_reason = rest[: len(TOKEN_KINDS)], rest[len(TOKEN_KINDS) :]
         state.tokens += tokens
+        state.tokens_by_modality = {
+            name: state.tokens_by_modality.get(name, 0) + count
+            for name, count in zip(TOKEN_KINDS, modalities, strict=True)
+        }
         state.samples += samples
         self.add_reasons(by_reason, state.skips, state.left_out)
         totals = sums.of_losses(torch.stack([self.totals[name].double() for name in self.counts]))
@@ -93,13 +128,16 @@ class Interval:
             **{f"loss/{name}": mean for name, mean in means.items()},
             **{f"negatives/{n}": self.negatives[n] / counts[n] if counts[n] else None for n in self.negatives},
             "grad_norm": float(self.grad_norm),
+            "skipped_steps": state.guard.skipped,
             "tokens": state.tokens,
+            **{f"tokens/{name}": count for name, count in state.tokens_by_modality.items()},
             "samples": state.samples,
             "tokens_per_s": tokens / seconds,
             "samples_per_s": samples / seconds,
             "fill": tokens / (bins * bin_tokens),
             "data_wait": self.data_wait / seconds,
-            "batch_fingerprint": show(fingerprint),
+            **utilisation.line(flops / seconds, sums.gather),
+            "batch_fingerprint": sums.fingerprint(self.newest),
             "skipped": state.skipped,
             **{f"skipped/{reason}": count for reason, count in state.skips.items()},
             **{f"left_out/{reason}": count for reason, count in state.left_out.items()},

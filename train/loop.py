@@ -5,12 +5,14 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from torch import Tensor
 
 from mmctx.attention.resolve import Resolution
 from mmctx.config import dump_config
@@ -24,6 +26,7 @@ from mmctx.errors import CheckpointError
 from mmctx.model import MmctxModel
 from mmctx.pack import PackedBatch
 from mmctx.parallel.mesh import Mesh, build_mesh
+from mmctx.ranges import timed
 from mmctx.train.attention import settled_attention
 from mmctx.train.audit import audit_before_training
 from mmctx.train.build import build_model
@@ -37,7 +40,10 @@ from mmctx.train.config import RunConfig
 from mmctx.train.course import build_course
 from mmctx.train.distribution import clip_gradients, distribute, handlers, is_sharded
 from mmctx.train.interval import Interval
-from mmctx.train.optim import build_optimizer, learning_rate
+from mmctx.train.optim.ema import read_ema
+from mmctx.train.optim.modules import freeze, named_in
+from mmctx.train.optim.optimizer import build_optimizer
+from mmctx.train.optim.update import Update
 from mmctx.train.preflight import check_run
 from mmctx.train.records import (
     Metrics,
@@ -54,6 +60,8 @@ from mmctx.train.stages import Stage, stage_of
 from mmctx.train.step import GradientStep, MicroBatch
 from mmctx.train.stop import StopOnSignal
 from mmctx.train.sums import Sums
+from mmctx.train.utilisation import Utilisation
+from mmctx.train.wrap import wrap_again
 
 
 def train(config: RunConfig) -> TrainResult:
@@ -72,6 +80,13 @@ def train(config: RunConfig) -> TrainResult:
 
 
 def _train(config: RunConfig) -> TrainResult:
+    with sitting(config) as opened:
+        return opened.run()
+
+
+@contextmanager
+def sitting(config: RunConfig) -> Iterator[Sitting]:
+    """A run, ready to go on; what it holds open is closed in the end."""
     accelerator = Accelerator(
         mixed_precision="bf16" if config.train.precision == "bf16" else "no",
         cpu=not torch.cuda.is_available(),
@@ -79,14 +94,14 @@ def _train(config: RunConfig) -> TrainResult:
     )
     try:
         with settled_attention(config, accelerator) as attention:
-            sitting = _sit_down(config, accelerator, attention)
+            opened = _sit_down(config, accelerator, attention)
             try:
-                return sitting.run()
+                yield opened
             except Exception:
-                sitting.saver.settle()  # what was saved before is still written; a second Ctrl-C does not wait for it
+                opened.saver.settle()  # what was saved before is still written; a second Ctrl-C does not wait for it
                 raise
             finally:
-                sitting.close()
+                opened.close()
     finally:
         # A notebook may train again with another precision; accelerate keeps its state for the whole process.
         accelerator.end_training()
@@ -108,11 +123,14 @@ def _sit_down(config: RunConfig, accelerator: Accelerator, attention: Resolution
     if checkpoint and state:
         check_same_run(load_run_config(checkpoint), config, checkpoint, state.step)
         load_weights(model, checkpoint)
+    stages = config.stages
+    freeze(model, stage_of(stages, state.step if state else 0).config.train.modules)  # DDP looks at it once
     wrapped = distribute(model, config.train.distribution, accelerator)
-    optimizer = build_optimizer(model, config.train.optimizer)
+    optimizer = build_optimizer(model, config.train.optimizer, named_in(stage.config.train for stage in stages))
     if checkpoint:
         load_optimizer(model, optimizer, checkpoint)
-    return Sitting(config, accelerator, mesh, attention, run_dir, course, model, wrapped, optimizer, state)
+    average = read_ema(checkpoint / "trainer") if checkpoint and config.train.ema else None
+    return Sitting(config, accelerator, mesh, attention, run_dir, course, model, wrapped, optimizer, state, average)
 
 
 class Sitting:
@@ -130,6 +148,7 @@ class Sitting:
         wrapped: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
         state: TrainerState | None,
+        average: dict[str, Tensor] | None,
     ) -> None:
         self.config, self.accelerator, self.mesh, self.run_dir, self.course = config, accelerator, mesh, run_dir, course
         self.attention = attention
@@ -137,10 +156,11 @@ class Sitting:
         self.stages, self.steps = config.stages, config.steps
         self.raw_model, self.model, self.optimizer = model, wrapped, optimizer
         self.saved, self.failed = self.state.step, False
+        self.measured: Iterator[PackedBatch] | None = None
         self.bar = ProgressBar(self.steps, self.state.step, enabled=accelerator.is_main_process)
         last_step = state.step if state else -1
         self.ledger = open_ledger(run_dir, config.data.skip_budget, last_step, accelerator)
-        self.metrics = Metrics(run_dir, last_step, config.train.tensorboard) if accelerator.is_main_process else None
+        self.metrics = Metrics(run_dir, last_step, config) if accelerator.is_main_process else None
         self.sums = Sums(accelerator, mesh)
         shards = Shards() if is_sharded(model) else None
         idle = shards is None and not accelerator.is_main_process
@@ -148,6 +168,8 @@ class Sitting:
         self.line: dict[str, Any] = {}
         self.weights = {name: objective.weight for name, objective in config.objectives.items()}
         self.gradient_step = GradientStep(accelerator, self.model, model, self.weights)
+        self.update = Update(config, model, optimizer, self.state.guard, average, self._note_step)
+        self.utilisation = Utilisation(config.train, accelerator)
         self._enter(stage_of(self.stages, self.state.step))
         if accelerator.is_main_process:
             self._introduce(resumed=state is not None)
@@ -156,7 +178,12 @@ class Sitting:
         """Takes up a stage: its data, its positions and windows, its plan from where the one before it stopped."""
         self.stage, self.data = stage, self.course.pop(stage.number)
         self.raw_model.trunk.set_context(stage.config.model.transformer)
+        if freeze(self.raw_model, stage.config.train.modules):
+            self.model = self.gradient_step.model = wrap_again(self.model, self.accelerator)
+        if self.state.step == stage.start:
+            self.update.begin_stage()
         self.plan = self._plan()
+        self.work = next(iter(self.data.tables.values())).work
         if self.accelerator.is_main_process:
             write_segments(self.run_dir, self.state.segments)
         if self.config.schedule and self.state.step == stage.start and self.metrics is not None:
@@ -204,6 +231,16 @@ class Sitting:
             self._finish_saving()
         return TrainResult(self.run_dir, state.step, wish, state.train_seconds, self.accelerator.is_main_process)
 
+    def take(self, count: int) -> None:
+        """Takes so many steps and does nothing else: no lines, no checkpoints. For measurements, on a run that is thrown away."""
+        if self.measured is None:
+            self.measured = self._batches()
+        self.model.train()
+        for _ in range(count):
+            with timed("step"):
+                self._step(self.measured, Interval())
+            self.state.step += 1
+
     def _audit(self) -> None:
         """Looks for leaks before the first step of this sitting and of each stage, if that is wished; leaves no trace in the run."""
         if self.config.train.audit and self.state.step < self.steps:
@@ -224,22 +261,27 @@ class Sitting:
         """One optimizer step over this rank's bins of the global batch."""
         mesh, step, train = self.mesh, self.state.step, self.config.train
         waited = time.perf_counter()
-        mine = share_out(self.plan.step(step), mesh.data_rank, mesh.data_size)
-        whole = [next(batches) for _ in mine]
+        with timed("data"):
+            mine = share_out(self.plan.step(step), mesh.data_rank, mesh.data_size)
+            whole = [next(batches) for _ in mine]
         interval.data_wait += time.perf_counter() - waited
         parts = [mesh.shard(batch) for batch in whole]
         seeds = [derive_key(train.seed, "dropout", step, bin_number) >> 1 for bin_number, _ in mine]
         muster = self.sums.muster(self.raw_model, whole, parts)
         totals = self.gradient_step([MicroBatch(*one) for one in zip(seeds, parts, strict=True)], muster)
-        interval.grad_norm = clip_gradients(self.model, self.accelerator, train.optimizer.clip_norm)
-        lr = learning_rate(step, self.steps, train.optimizer.lr, train.schedule) * self.stage.lr_factor
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        interval.add(whole, muster, totals)
-        interval.newest = [(number, batch) for (number, _), batch in zip(mine, whole, strict=True)]
+        with timed("clip"):
+            norm = clip_gradients(self.model, self.accelerator, train.optimizer.clip_norm)
+        bins = [(number, batch) for (number, _), batch in zip(mine, whole, strict=True)]
+        loss = self.sums.loss(totals, muster.counts, self.weights)
+        self.update(self.stage, step, loss, norm, lambda: self.sums.fingerprint(bins))
+        interval.add(bins, muster, totals, norm, sum(self.work.batch(batch) for batch in whole))
         self._note_skips(whole, interval)
+
+    def _note_step(self, line: dict[str, Any]) -> None:
+        """The ledger's line of a step that was not taken."""
+        if self.accelerator.is_main_process:
+            self.ledger.write_event(line)
+            self.bar.say(f"WARNING: step {line['step']} was left out: {line['reason']}, see skips.jsonl")
 
     def _note_skips(self, micro_batches: list[PackedBatch], interval: Interval) -> None:
         if self.mesh.sequence_rank == 0:
@@ -252,8 +294,10 @@ class Sitting:
     def _log(self, interval: Interval) -> None:
         """Writes one line: the only place where the loop waits for the device."""
         state = self.state
-        line = interval.finish(self.sums, state, self.weights, self.stage.config.data.bin_tokens) | {
-            "lr": self.optimizer.param_groups[0]["lr"],
+        self.update.settle()
+        bin_tokens = self.stage.config.data.bin_tokens
+        line = interval.finish(self.sums, state, self.weights, bin_tokens, self.utilisation) | {
+            "lr": self.update.lr,
             "stage": self.stage.number,
             "segment": len(state.segments) - 1,
         }
@@ -265,7 +309,9 @@ class Sitting:
 
     def _save(self) -> None:
         self.saved = self.state.step
-        self.saver.save(self.raw_model, self.data.tokenizer, self.optimizer, self.state, self.line)
+        self.update.settle()
+        average = self.update.ema.average if self.update.ema else {}
+        self.saver.save(self.raw_model, self.data.tokenizer, self.optimizer, self.state, self.line, average)
 
     def _finish_saving(self) -> None:
         """Until everything is on the disk. What one rank could not write is an error on all of them."""

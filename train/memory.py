@@ -15,35 +15,40 @@ from mmctx.parallel.shard import shard_batch
 from mmctx.train.build import build_model
 from mmctx.train.checkpoints.load import without_pretrained
 from mmctx.train.config import RunConfig
+from mmctx.train.optim.modules import freeze
+from mmctx.train.optim.optimizer import state_shapes
 from mmctx.train.storage_trace import FusedAttention, StorageTrace
 
 
 def estimate_memory(config: RunConfig, batch: PackedBatch, vocab_size: int) -> dict[str, Any]:
     """Bytes that one process holds at the worst moment of a step over `batch`, by what they are for, and when that moment is.
 
-    The step is a later one: AdamW's moments exist, and gradients too if the process takes several bins a step. The batches of a step and
-    of the one before it are counted as large as this one. Not counted are the libraries themselves, what kernels allocate inside, data
-    loaders, and DDP's buckets, which take the gradients' size once more. With sequence parallel, activations are those of one process's
-    part.
+    The step is a later one: the optimizer's moments exist, and gradients too if the process takes several bins a step. The batches of a
+    step and of the one before it are counted as large as this one. Not counted are the libraries themselves, what kernels allocate inside,
+    data loaders, and DDP's buckets, which take the gradients' size once more. With sequence parallel, activations are those of one
+    process's part.
 
     Returns:
-        `weights`, `gradients`, `optimizer`, `batches`, then activations by the module that they belong to (`image`, `audio`, `trunk`,
-        `objectives`, `embedding`), `total`, and `peak_at`.
+        `weights`, `gradients`, `optimizer`, `ema`, `batches`, then activations by the module that they belong to (`image`, `audio`,
+        `trunk`, `objectives`, `embedding`), `total`, and `peak_at`.
     """
     shape = config.model_copy(update={"model": without_pretrained(config.model)})
     trace = StorageTrace()
     with torch.device("meta"):
         model = build_model(shape, vocab_size).train()
-    parameters = list(model.parameters())
+    freeze(model, config.train.modules)
+    trained = [p for p in model.parameters() if p.requires_grad]
     _follow(model, trace)
     with FusedAttention(), trace:
-        moments = [torch.empty_like(p) for p in parameters for _ in range(2)]
-        for part, tensors in {"weights": model.state_dict().values(), "optimizer": moments}.items():
+        moments = [torch.empty(shape, device="meta") for shape in state_shapes(model, config.train.optimizer)]
+        average = [torch.empty_like(p) for p in model.parameters()] if config.train.ema else []
+        kept = {"weights": model.state_dict().values(), "optimizer": moments, "ema": average}
+        for part, tensors in kept.items():
             _count(trace, tensors, part)
         trace.part = "batches"
         batches = [batch.to("meta") for _ in range(2 * config.data.bins_per_step)]
         if config.data.bins_per_step > 1:
-            for parameter in parameters:
+            for parameter in trained:
                 parameter.grad = torch.empty_like(parameter)
                 trace.count(parameter.grad, "gradients")
         trace.part, trace.place = "embedding", "forward"
@@ -74,7 +79,7 @@ def _follow(model: MmctxModel, trace: StorageTrace) -> None:
     for name, (part, module) in modules.items():
         module.register_forward_pre_hook(partial(_enter, trace, part, name))
         module.register_forward_hook(partial(_leave, trace, part, name), always_call=True)
-    for parameter in model.parameters():
+    for parameter in filter(lambda p: p.requires_grad, model.parameters()):
         parameter.register_post_accumulate_grad_hook(lambda p: trace.count(p.grad, "gradients"))  # type: ignore[arg-type]
 
 

@@ -8,6 +8,7 @@ from mmctx.datasets.shards.index import expand_shards
 from mmctx.errors import ConfigError
 from mmctx.eval import SUITES
 from mmctx.train.config import RunConfig
+from mmctx.train.trackers import EXTRAS
 
 
 def check_run(config: RunConfig) -> None:
@@ -17,8 +18,10 @@ def check_run(config: RunConfig) -> None:
         ConfigError: an unknown suite, or a package that is not installed.
         DataError: held-out shards that do not exist.
     """
-    if config.train.tensorboard and find_spec("tensorboard") is None:
-        raise ConfigError("train.tensorboard is true, but tensorboard is not installed: pip install 'mmctx[train]'")
+    for name in config.train.trackers:
+        if find_spec(name) is None:
+            extra = EXTRAS[name]
+            raise ConfigError(f"train.trackers: {name} is not installed: pip install 'mmctx[{extra}]'")
     if not config.eval.sources:
         return
     if unknown := [name for name in config.eval.suites if name not in SUITES]:

@@ -1,4 +1,4 @@
-"""What a run leaves behind while it goes: metrics.jsonl, skips.jsonl, TensorBoard events, a progress bar."""
+"""What a run leaves behind while it goes: metrics.jsonl, skips.jsonl, a progress bar."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from mmctx.model import MmctxModel, count_parameters
 from mmctx.pack import PackedBatch
 from mmctx.train.checkpoints.state import TrainerState
 from mmctx.train.config import RunConfig
+from mmctx.train.trackers import Trackers
 
 
 class JsonLines:
@@ -59,34 +60,27 @@ def trim(path: Path, last_step: int) -> None:
 
 
 class Metrics:
-    """metrics.jsonl and, where asked for, TensorBoard events of the same numbers.
+    """metrics.jsonl, and the same numbers for the trackers.
 
     Args:
         run_dir: the run's folder.
-        last_step: as in `JsonLines`; later TensorBoard events are hidden.
-        tensorboard: write events.
+        last_step: as in `JsonLines`.
+        config: of the run.
     """
 
-    def __init__(self, run_dir: Path, last_step: int, tensorboard: bool) -> None:
-        self._lines, self._events = JsonLines(run_dir / "metrics.jsonl", last_step), None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=last_step + 1)
+    def __init__(self, run_dir: Path, last_step: int, config: RunConfig) -> None:
+        self._lines = JsonLines(run_dir / "metrics.jsonl", last_step)
+        self._trackers = Trackers(config.train.trackers, run_dir, last_step, config.model_dump(mode="json"))
 
     def write(self, line: dict[str, Any]) -> None:
         """Appends one line; it must hold `step`."""
         self._lines.write([line])
-        if self._events is not None:
-            for name, value in line.items():
-                if isinstance(value, int | float):
-                    self._events.add_scalar(name, value, line["step"])
+        self._trackers.log(line)
 
     def close(self) -> None:
         """Closes the files."""
         self._lines.close()
-        if self._events is not None:
-            self._events.close()
+        self._trackers.close()
 
 
 class SkipLedger:
@@ -117,6 +111,10 @@ class SkipLedger:
                 if skip.reason != "other_length"
             )
             self._by_shard.update(skip.shard for skip in batch.skips)
+
+    def write_event(self, line: dict[str, Any]) -> None:
+        """Writes down what befell a whole step; it holds `step` and `event`."""
+        self._lines.write([line])
 
     def check(self, skipped: int, samples: int) -> None:
         """Raises SkipBudgetError when more than the budget of the samples seen so far were skipped."""

@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 
 from mmctx.config import StrictModel, build_config
 from mmctx.errors import ConfigError
+from mmctx.train.optim.modules import Modules, merged
 
 if TYPE_CHECKING:
     from mmctx.train.config import RunConfig
@@ -46,6 +47,8 @@ class StageConfig(StrictModel):
     """As `model.transformer.windows`."""
     lr_factor: float = Field(default=1.0, gt=0)
     """Factor of the learning rate that `train.optimizer` and `train.schedule` give."""
+    modules: Modules = Field(default_factory=dict)
+    """What changes in `train.modules`, such as `{trunk: {freeze: true}}`."""
 
     @model_validator(mode="after")
     def _check(self) -> StageConfig:
@@ -84,6 +87,7 @@ class Stage:
             "rope": trunk.rope.model_dump(exclude_defaults=True),
             "windows": [trunk.layer_window(layer) for layer in range(trunk.depth)],
             "lr_factor": self.lr_factor,
+            "modules": {p: m.model_dump(exclude_none=True) for p, m in self.config.train.modules.items()},
         }
 
 
@@ -119,6 +123,8 @@ def _at(run: RunConfig, stage: StageConfig, where: str) -> RunConfig:
     trunk = tree["model"]["transformer"]
     trunk["rope"] |= stage.rope or {}
     trunk["windows"] = stage.windows or trunk["windows"]
+    modules = merged(run.train.modules, stage.modules)
+    tree["train"]["modules"] = {path: settings.model_dump() for path, settings in modules.items()}
     if stage.sources is not None:
         if unknown := sorted(stage.sources.keys() - run.data.sources.keys()):
             raise ConfigError(f"{where}.sources names {unknown[0]!r}, but data.sources has {sorted(run.data.sources)}")
@@ -154,7 +160,7 @@ def find_changed_past(before: RunConfig, now: RunConfig, step: int) -> list[str]
         theirs, ours = old.differences, new.differences
         lines += [
             f"  schedule.{old.number}.{key}: {theirs[key]!r} in the checkpoint, {ours[key]!r} asked for"
-            for key in ("rope", "windows", "lr_factor")  # what the data was, its segments record
+            for key in ("rope", "windows", "lr_factor", "modules")  # what the data was, its segments record
             if theirs[key] != ours[key] and min(old.stop, step) > old.start
         ]
     return lines

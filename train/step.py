@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from mmctx.model import MmctxModel, StepOutputs
 from mmctx.objectives import ComparingHalf, Roster
 from mmctx.pack import PackedBatch
+from mmctx.ranges import timed
 from mmctx.train.distribution import without_exchange
 from mmctx.train.sums import Muster
 
@@ -85,7 +86,7 @@ class GradientStep:
                 if last:
                     found |= self._compare(outputs.embedded, muster.roster)
                 rest = [] if last else [tensor.sum() * 0 for tensor in _tensors(outputs.embedded)]
-                self.accelerator.backward(self._mean(found, muster.counts, rest))
+                self._backward(self._mean(found, muster.counts, rest))
             _add(totals, found)
         return totals
 
@@ -99,19 +100,24 @@ class GradientStep:
         for tensor in _tensors(whole):
             tensor.requires_grad_()
         totals = self._compare(whole, muster.roster)
-        self.accelerator.backward(self._mean(totals, muster.counts, []))
+        self._backward(self._mean(totals, muster.counts, []))
         cache = _Cache(whole)
         for number, micro_batch in enumerate(micro_batches):
             with self._synchronised(number == len(micro_batches) - 1):
                 outputs = self._run(self.model, micro_batch)
                 found = {name: loss.total for name, loss in outputs.losses.items()}
-                self.accelerator.backward(self._mean(found, muster.counts, cache.take(outputs.embedded)))
+                self._backward(self._mean(found, muster.counts, cache.take(outputs.embedded)))
             _add(totals, found)
         return totals
 
     def _run(self, model: Callable[..., Any], micro_batch: MicroBatch, **options: bool) -> StepOutputs:
         torch.manual_seed(micro_batch.seed)
-        return model(micro_batch.batch.to(self.accelerator.device), **options)
+        with timed("rest of the model"):
+            return model(micro_batch.batch.to(self.accelerator.device), **options)
+
+    def _backward(self, loss: Tensor) -> None:
+        with timed("backward"):
+            self.accelerator.backward(loss)
 
     def _synchronised(self, last: bool) -> AbstractContextManager[Any]:
         """Ranks exchange gradients once, in the last micro-batch's backward pass."""
@@ -119,7 +125,11 @@ class GradientStep:
 
     def _compare(self, embedded: Mapping[str, Embedded], roster: Roster) -> dict[str, Tensor]:
         halves = {name: half for name, half in self.raw.objectives.items() if isinstance(half, ComparingHalf)}
-        return {name: half.compare(embedded[name], roster) for name, half in halves.items()}
+        totals = {}
+        for name, half in halves.items():
+            with timed(f"loss of {name}"):
+                totals[name] = half.compare(embedded[name], roster)
+        return totals
 
     def _mean(self, totals: Mapping[str, Tensor], counts: Mapping[str, int], rest: Sequence[Tensor]) -> Tensor:
         """Weighted sum of means over the whole global step, times the ranks, because DDP averages gradients over them; and what has

@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
 
+from mmctx.fingerprint import as_signed, bin_fingerprint, combine, show
 from mmctx.model import MmctxModel
 from mmctx.objectives import ComparingHalf, Roster
 from mmctx.pack import PackedBatch
@@ -85,6 +87,15 @@ class Sums:
     def of_batches(self, numbers: list[int]) -> list[int]:
         """As `of`, for what all ranks that share a batch have counted."""
         return self.of(self._mesh.once(numbers))
+
+    def fingerprint(self, bins: Sequence[tuple[int, PackedBatch]]) -> str:
+        """Of the global batch, from the numbered bins of each rank."""
+        return show(self.of_batches([as_signed(combine(bin_fingerprint(*bin) for bin in bins))])[0])
+
+    def loss(self, totals: Mapping[str, Tensor], counts: Mapping[str, int], weights: Mapping[str, float]) -> Tensor:
+        """The loss of a global step from each rank's share of the sums, a scalar on the device; waits for nothing."""
+        parts = [weights[name] * total.detach() / max(counts[name], 1) for name, total in totals.items()]
+        return self._accelerator.reduce(torch.stack(parts).sum(), reduction="sum")  # type: ignore[return-value]
 
     def of_losses(self, totals: Tensor) -> list[float]:
         """Sums of losses (objectives,), added up over the ranks; waits for the device."""

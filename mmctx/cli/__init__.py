@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from mmctx.cli import audit, build, convert, data, doctor, runs
+from mmctx.cli import audit, build, convert, data, doctor, profile, runs
 from mmctx.errors import MmctxError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ for name, command in {
     "replay": runs.replay,
     "doctor": doctor.doctor,
     "audit": audit.audit,
+    "profile": profile.profile,
 }.items():
     app.command(name)(command)
 data_app.add_typer(build.app, name="build")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from mmctx.config import StrictModel
@@ -17,5 +19,7 @@ class EvalConfig(StrictModel):
     """Suites of `mmctx.eval.SUITES`, in this order."""
     max_new_tokens: int = Field(default=24, ge=1)
     """Longest caption or transcript."""
+    weights: Literal["trained", "ema"] = "trained"
+    """Which weights of a checkpoint: as trained last, or their moving average (`train.ema`)."""
     num_examples: int = Field(default=12, ge=0)
     """Pictures and clips shown in the report."""

@@ -23,13 +23,13 @@ from mmctx.datasets.assemble import RunData, build_data
 from mmctx.datasets.planning.plan import Plan
 from mmctx.errors import CheckpointError, ConfigError, DataError, SkipBudgetError
 from mmctx.jsonl import read_lines
-from mmctx.train import loop, preflight
+from mmctx.train import preflight
 from mmctx.train.checkpoints.layout import list_checkpoints, resolve_checkpoint
 from mmctx.train.checkpoints.load import load_model
 from mmctx.train.checkpoints.manifest import seal
 from mmctx.train.config import RunConfig
 from mmctx.train.loop import train
-from mmctx.train.optim import learning_rate
+from mmctx.train.optim import learning_rate, update
 from mmctx.train.replay import replay
 
 pytestmark = pytest.mark.slow
@@ -132,7 +132,7 @@ def test_the_line_of_a_stop_between_two_lines_names_its_batch_too(tree: dict[str
             signal.raise_signal(signal.SIGINT)
         return learning_rate(step, *rest)
 
-    monkeypatch.setattr(loop, "learning_rate", rate)
+    monkeypatch.setattr(update, "learning_rate", rate)
     result = train(build(tree, "between", log_every=4, save_every=4))
     assert (result.step, result.interrupted) == (2, True)
     (line,) = read_lines(result.run_dir / "metrics.jsonl")
@@ -192,9 +192,9 @@ def test_what_the_evaluation_needs_is_checked_before_training(tree: dict[str, An
     assert not (Path(tree["run"]["dir"]) / "shards").exists()
 
 
-@pytest.mark.parametrize(("package", "extra"), [("tensorboard", "train"), ("jiwer", "eval")])
+@pytest.mark.parametrize(("package", "extra"), [("tensorboard", "train"), ("wandb", "wandb"), ("jiwer", "eval")])
 def test_missing_packages_are_named_before_anything_is_read(tree, monkeypatch, package: str, extra: str) -> None:
-    tree["train"]["tensorboard"] = True
+    tree["train"]["trackers"] = ["tensorboard", "wandb"]
     tree["data"]["sources"]["books"]["shards"] = "nowhere-*.tar"
     monkeypatch.setattr(preflight, "find_spec", lambda name: None if name == package else object())
     with pytest.raises(ConfigError, match=rf"{package} is not installed: pip install 'mmctx\[{extra}\]'"):
@@ -224,7 +224,7 @@ def test_tensorboard_events_follow_metrics_over_a_restart(tree: dict[str, Any]) 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for steps in (4, 6):
-        run_dir = train(build(tree, "events", steps=steps, save_every=2, tensorboard=True)).run_dir
+        run_dir = train(build(tree, "events", steps=steps, save_every=2, trackers=["tensorboard"])).run_dir
         shutil.rmtree(run_dir / "checkpoint-4", ignore_errors=True)  # the first sitting is set back to step 2
     events = EventAccumulator(str(run_dir / "tensorboard")).Reload().Scalars("loss")
     lines = read_lines(run_dir / "metrics.jsonl")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,8 @@ class Saver:
     ) -> None:
         self.run_dir, self.config, self.shards, self.idle, self.say = run_dir, config, shards, idle, say
         self._writer = Writer()
-        self._weights, self._optimizer, self._copied = Snapshot(), Snapshot(), Copied()
+        self._weights, self._optimizer, self._average = Snapshot(), Snapshot(), Snapshot()
+        self._copied = Copied()
         self._tokenizer: tuple[TextTokenizer, dict[str, bytes]] | None = None
         self._ends = {stage.stop for stage in config.stages} if config.schedule else set()
 
@@ -56,6 +57,7 @@ class Saver:
         optimizer: torch.optim.Optimizer,
         state: TrainerState,
         metrics: Mapping[str, Any] | None = None,
+        average: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Copies everything and returns; the next step may change it. Waits for the checkpoint before this one, if that is still written.
 
@@ -64,6 +66,7 @@ class Saver:
         Args:
             model, tokenizer, optimizer, state: of the run.
             metrics: the line of this step.
+            average: averaged weights, where the run keeps them.
 
         Raises:
             CheckpointError: `train.keep` names a metric that there is not.
@@ -72,9 +75,11 @@ class Saver:
         self._writer.join()
         if self.idle or self.failed:
             return
-        weights, optimizer_state = self._copy(model.state_dict(), named_state(model, optimizer))
+        weights, optimizer_state, averaged = self._copy(
+            model.state_dict(), named_state(model, optimizer), average or {}
+        )
         contents = Contents(
-            state=replace(state, skips=dict(state.skips), left_out=dict(state.left_out), segments=list(state.segments)),
+            state=deepcopy(state),
             description={
                 "model_type": "mmctx",
                 "vocab_size": model.vocab_size,
@@ -82,6 +87,7 @@ class Saver:
             },
             weights=weights,
             optimizer=optimizer_state,
+            average=averaged,
             texts=self._tokenizer_files(tokenizer),
             metrics=metrics or {},
         )
@@ -105,13 +111,14 @@ class Saver:
         self._writer.join()
 
     def _copy(
-        self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Both on the host."""
+        self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor], average: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """All on the host."""
         if self.shards is None:
-            copies = self._weights.take(weights), self._optimizer.take(state)
+            copies = self._weights.take(weights), self._optimizer.take(state), self._average.take(average)
         else:
-            copies = self.shards.gather(weights, self._weights), self.shards.parts(state, self._optimizer)
+            gather, parts = self.shards.gather, self.shards.parts(state, self._optimizer)
+            copies = gather(weights, self._weights), parts, gather(average, self._average)
         self._copied.mark()
         return copies
 

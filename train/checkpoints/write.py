@@ -18,6 +18,7 @@ from mmctx.train.checkpoints.files import flush, write_json
 from mmctx.train.checkpoints.layout import delete, final_path, partial_path, point_latest
 from mmctx.train.checkpoints.manifest import OPTIMIZER, seal
 from mmctx.train.checkpoints.state import TrainerState
+from mmctx.train.optim.ema import save_ema
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -32,6 +33,7 @@ class Contents:
         weights: whole tensors, as the model names them.
         optimizer: see `named_state`; with several ranks that hold parts, this rank's.
         texts: further files by name, such as the tokenizer's.
+        average: averaged weights by the parameters' names; none where the run keeps none.
         metrics: the line of metrics.jsonl of this step, for `train.keep.best`.
     """
 
@@ -40,12 +42,15 @@ class Contents:
     weights: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     texts: Mapping[str, bytes] = field(default_factory=dict)
+    average: Mapping[str, Tensor] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:
         """Of its tensors and texts: what the disk must have room for, give or take a few kB."""
-        tensors = sum(tensor.nbytes for part in (self.weights, self.optimizer) for tensor in part.values())
+        tensors = sum(
+            tensor.nbytes for part in (self.weights, self.optimizer, self.average) for tensor in part.values()
+        )
         return tensors + sum(map(len, self.texts.values()))
 
 
@@ -102,6 +107,8 @@ def _fill(partial: Path, contents: Contents, write_optimizer: Callable[[Mapping[
     for name, text in contents.texts.items():
         (partial / name).write_bytes(text)
     save_file(dict(contents.weights), partial / "model.safetensors", metadata={"format": "pt"})
+    if contents.average:
+        save_ema(contents.average, partial / "trainer")
     write_optimizer(contents.optimizer, partial / OPTIMIZER)
 
 
