@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -32,6 +33,7 @@ from mmctx.train.loop import train
 
 def fork(config: RunConfig, log: Path) -> int:
     """A child that trains to the end; its process id."""
+    log.write_text("")
     pid = os.fork()
     if pid:
         return pid
@@ -56,8 +58,8 @@ def newest(run_dir: Path) -> int:
 def resumed_at(log: Path) -> int:
     """The step that a child said it went on from; -1 if it was killed before, 0 if it began anew."""
     text = log.read_text()
-    if "resuming" in text:
-        return int(text.split(" at step ")[1].split(" of ")[0])
+    if found := re.search(r"resuming .* at step (\d+) of", text):
+        return int(found.group(1))
     return 0 if " parameters, " in text else -1
 
 

@@ -7,6 +7,6 @@
     runs/NAME/latest             symbolic link to the newest
 
 Follow one from the step to the disk: `saver` copies tensors (`snapshot`), a thread of its own (`writer`) writes files (`write`), seals them
-(`manifest`), renames the folder (`layout`) and deletes what `retention` does not keep. On the way back, `layout` finds the newest whole one,
-`same_run` compares configurations, `load` and `optimizer_state` read tensors. Where processes hold parts of them, `sharded` does both.
+(`manifest`), renames the folder (`layout`) and deletes what `retention` does not keep. On the way back, `layout` finds the newest whole
+one, `same_run` compares configurations, `load` and `optimizer_state` read tensors. Where processes hold parts of them, `sharded` does both.
 """

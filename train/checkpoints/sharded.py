@@ -28,7 +28,7 @@ class Shards:
         from torch.distributed.device_mesh import DeviceMesh
 
         # A group of its own: what the threads say to each other must not mix with the steps' collectives. gloo, because it is about files.
-        self.group = dist.new_group(backend="gloo")
+        self.group: Any = dist.new_group(backend="gloo")
         self.mesh = DeviceMesh.from_group(self.group, "cpu")
         self.is_first = dist.get_rank() == 0
 
@@ -109,9 +109,11 @@ def read_for_ranks(model: nn.Module, folder: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: a file is damaged.
     """
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
-    reader = dcp.HuggingFaceStorageReader(str(folder))
+    reader = HuggingFaceStorageReader(str(folder))
     parameters = dict(model.named_parameters())
     found: dict[str, Tensor] = {}
     for place, stored in reader.read_metadata().state_dict_metadata.items():
@@ -123,23 +125,25 @@ def read_for_ranks(model: nn.Module, folder: Path) -> dict[str, Tensor]:
     alone = not any(isinstance(tensor, DTensor) for tensor in found.values())
     with warnings.catch_warnings(action="ignore"):  # that it is alone, if it is
         try:
-            dcp.load(found, storage_reader=reader, no_dist=alone)
-        except dcp.CheckpointException as error:
+            load(found, storage_reader=reader, no_dist=alone)
+        except CheckpointException as error:
             raise CheckpointError(f"{folder}: cannot be read ({_first(error)})") from None
     return {place: tensor.detach() for place, tensor in found.items()}
 
 
-def _save(tensors: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup) -> None:
+def _save(tensors: Mapping[str, Tensor], folder: Path, group: Any) -> None:
     """Raises what went wrong on the first rank on which it did, on all of them."""
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     try:
-        dcp.save(
+        save(
             dict(tensors),
-            storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True),
+            storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
             process_group=group,
         )
-    except dcp.CheckpointException as error:  # no Exception, for torch
+    except CheckpointException as error:  # no Exception, for torch
         cause = _first(error)
         raise (cause if isinstance(cause, OSError) else OSError(str(cause))) from None
 
