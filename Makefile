@@ -19,8 +19,9 @@ demo: setup
 	$(BIN)/mmctx train configs/demo.yaml
 	@echo "report: runs/demo/report.html"
 
+# One process a core, each with one thread: most tests are too small to use more.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 quick: setup
 	$(BIN)/python -m pytest -m "not slow" -x -q

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from mmctx.config import StrictModel
-from mmctx.datasets.augment import SpecAugmentConfig
+from mmctx.datasets.augment.config import AugmentConfig
 from mmctx.datasets.planning.split import LongDocuments
 from mmctx.datasets.remote.block_cache import BlockCache
 
@@ -32,8 +32,8 @@ class SourceConfig(StrictModel):
     lengths: tuple[int, int | None] = (1, None)
     """Shortest and longest sample that is read, by the tokens of its longest document before any cutting. Sources of the same shards with
     other `lengths` are buckets: each has its own weight, in each stage of a schedule. Samples outside are counted, not listed."""
-    spec_augment: SpecAugmentConfig | None = None
-    """Mask bands and stretches of its clips, other ones in each epoch; null (as for held-out sources) leaves clips as they are."""
+    augment: AugmentConfig | None = None
+    """Change pictures, sound and text, otherwise in each epoch; null leaves them as they are. Held-out sources cannot have it."""
 
     @model_validator(mode="after")
     def _check(self) -> SourceConfig:

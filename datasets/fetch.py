@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mmctx.datasets.augment import augment
+from mmctx.datasets.augment.sample import Augmentation
 from mmctx.datasets.config import DataConfig, SourceConfig
 from mmctx.datasets.decode import decode_sample
 from mmctx.datasets.planning.order import derive_key
@@ -47,8 +47,12 @@ class PackedDataset(Dataset[PackedBatch]):
     ) -> None:
         self.tables, self.objectives = list(tables), dict(objectives)
         self.tokenizer, self.seed, self.cache_mb = tokenizer, seed, cache_mb
-        # by number (a uid holds it) and name of the source, and sample
-        self._cache: dict[tuple[int, str, int], Sample] = {}
+        augment = [table.config.augment for table in self.tables]
+        self._augmentations = [
+            config and Augmentation(config, table.preprocessors, tokenizer)
+            for config, table in zip(augment, self.tables, strict=True)
+        ]
+        self._cache: dict[tuple[object, ...], Sample] = {}  # by `_place`
         self._cache_room = cache_mb << 20
         self.undecodable: dict[tuple[str, str], Skip] = {}  # by shard and key: what this process came across
         self.note_reading: Callable[[int, int], None] = _nobody_asks  # loader processes say what they read
@@ -66,33 +70,40 @@ class PackedDataset(Dataset[PackedBatch]):
         self._prefetch(bin)
         for source_number, sample_id, epoch, part in bin.samples:
             try:
-                documents += self.documents(source_number, sample_id, epoch, part)
+                documents += self.documents(source_number, sample_id, epoch, part, bin.step)
             except SampleError as error:
                 skips.append(self.note(source_number, sample_id, error))
         used = len(bin.samples) - len(skips)
         left_out = [self.left_out(*entry) for entry in bin.left_out]
         return pack_documents(documents or [self._nothing()], self.tokenizer.placeholder_ids, skips, used, left_out)
 
-    def documents(self, source_number: int, sample_id: int, epoch: int, part: int = 0) -> list[Document]:
-        """All documents of one sample, or of one part of a sample that is split, of every objective of its source.
+    def documents(
+        self, source_number: int, sample_id: int, epoch: int, part: int = 0, step: int | None = None
+    ) -> list[Document]:
+        """All documents of one sample, or of one part of a sample that is split, of every objective of its source, at a global step.
 
         Raises:
             SampleError: the sample cannot be decoded or lacks what an objective needs.
         """
-        table = self.tables[source_number]
+        table, augmentation = self.tables[source_number], self._augmentations[source_number]
         sample = self._sample(source_number, sample_id)
-        if table.config.spec_augment is not None:
-            rng = np.random.default_rng(derive_key(self.seed, "augment", table.source.name, sample.key, epoch))
-            sample = augment(sample, table.config.spec_augment, rng)
+        drawn_from = (self.seed, "augment", table.source.name, sample.key, epoch)
+        if augmentation is not None:
+            sample = augmentation.sample(sample, derive_key(*drawn_from))
         parts = table.parts(sample)
         if part >= len(parts):
             raise SampleError("over_long", f"the index promises part {part}, the sample makes {len(parts)}")
         found: list[Document] = []
         for name in table.config.objectives:
             rng = np.random.default_rng(derive_key(self.seed, name, table.source.name, sample.key, epoch, part))
-            documents = self.objectives[name].documents(parts[part], rng)
+            documents = self.objectives[name].documents(parts[part], rng, step)
             if not documents and len(parts) == 1:
                 raise SampleError("missing_member", f"objective {name!r} finds nothing to learn from in this sample")
+            if augmentation is not None:
+                documents = [
+                    augmentation.document(document, derive_key(*drawn_from, part, name, number))
+                    for number, document in enumerate(documents)
+                ]
             found += documents
         return found
 
@@ -129,31 +140,38 @@ class PackedDataset(Dataset[PackedBatch]):
         """The decoded sample, from the cache if it is there. What no longer fits is decoded anew each time: a set is read round and round,
         so making room would only throw out what is wanted next.
         """
-        table = self.tables[source_number]
-        known = self._cache.get((source_number, table.source.name, sample_id))
-        if known is not None:
+        table, augmentation = self.tables[source_number], self._augmentations[source_number]
+        place = self._place(source_number, sample_id)
+        if (known := self._cache.get(place)) is not None:
             return known
         self.note_reading(source_number, sample_id)
+        pre = table.preprocessors
+        make_image, make_audio = (pre.image, pre.audio) if augmentation is None else augmentation.makers
         sample = decode_sample(
             table.source.read(sample_id),
             source=table.source.name,
             uid=make_uid(source_number, sample_id),
             texts=table.config.texts,
             tokenizer=self.tokenizer,
-            make_image=table.preprocessors.image,
-            make_audio=table.preprocessors.audio,
+            make_image=make_image,
+            make_audio=make_audio,
         )
         if (size := sample.num_bytes) <= self._cache_room:
-            self._cache[source_number, table.source.name, sample_id] = sample
+            self._cache[place] = sample
             self._cache_room -= size
         return sample
+
+    def _place(self, source_number: int, sample_id: int) -> tuple[object, ...]:
+        """Where the cache holds a sample: by number (a uid holds it) and name of its source, and by what is kept of its media."""
+        augmentation = self._augmentations[source_number]
+        raw = (False, False) if augmentation is None else augmentation.raw
+        return source_number, self.tables[source_number].source.name, sample_id, raw
 
     def _prefetch(self, bin: Bin) -> None:
         """Asks for all that a bin needs of remote shards at once: one after the other, each sample would wait for its server."""
         for number, (source, _) in enumerate(self.sources):
-            wanted = [
-                i for owner, i, _, _ in bin.samples if owner == number and (number, source.name, i) not in self._cache
-            ]
+            drawn = [i for owner, i, _, _ in bin.samples if owner == number]
+            wanted = [i for i in drawn if self._place(number, i) not in self._cache]
             source.prefetch(wanted)
 
     def _nothing(self) -> Document:

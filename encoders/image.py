@@ -40,10 +40,7 @@ class ImagePreprocessor:
         Raises:
             SampleError: not RGB, not uint8, or without pixels.
         """
-        if pixels.ndim != 3 or pixels.shape[0] != 3 or pixels.dtype != torch.uint8 or pixels.numel() == 0:
-            raise SampleError(
-                "undecodable_image", f"expected (3, H, W) uint8 pixels, found {tuple(pixels.shape)} {pixels.dtype}"
-            )
+        pixels = self.keep(pixels).values
         height, width = pixels.shape[1:]
         side = min(height, width)
         top, left = (height - side) // 2, (width - side) // 2
@@ -52,6 +49,14 @@ class ImagePreprocessor:
             size = (self.image_size, self.image_size)
             pixels = nn.functional.interpolate(pixels[None], size=size, mode="bicubic", antialias=True)[0]
         return MediaItem(kind="image", values=pixels.contiguous(), num_tokens=self.tokens_per_picture)
+
+    def keep(self, pixels: Tensor) -> MediaItem:
+        """The picture in the size it has, to be cut otherwise later; raises as `__call__`."""
+        if pixels.ndim != 3 or pixels.shape[0] != 3 or pixels.dtype != torch.uint8 or pixels.numel() == 0:
+            raise SampleError(
+                "undecodable_image", f"expected (3, H, W) uint8 pixels, found {tuple(pixels.shape)} {pixels.dtype}"
+            )
+        return MediaItem(kind="image", values=pixels, num_tokens=self.tokens_per_picture)
 
     def num_tokens(self, widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
         """Embeddings that pictures of these sizes (pixels) become: (n,) and (n,) -> (n,) int64, all equal."""

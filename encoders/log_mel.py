@@ -87,6 +87,10 @@ class AudioPreprocessor:
         Raises:
             SampleError: no samples, samples that are not finite, or not one channel of floats.
         """
+        return self.frames(self.resampled(waveform, rate).values)
+
+    def resampled(self, waveform: Tensor, rate: int) -> MediaItem:
+        """The first half of `__call__`: its samples at the encoder's rate, to be changed before `frames` takes them."""
         if waveform.ndim != 1 or not waveform.is_floating_point():
             raise SampleError(
                 "bad_audio", f"expected (n,) float samples, found {tuple(waveform.shape)} {waveform.dtype}"
@@ -97,7 +101,13 @@ class AudioPreprocessor:
             raise SampleError(
                 "bad_audio", f"{int((~torch.isfinite(waveform)).sum())} of {len(waveform)} samples not finite"
             )
-        frames = log_mel(resample(waveform.float(), rate, self.config.sample_rate), self.config)
+        samples = resample(waveform.float(), rate, self.config.sample_rate)
+        (num_tokens,) = self.num_tokens(np.array([len(samples)]), np.array([self.config.sample_rate])).tolist()
+        return MediaItem(kind="audio", values=samples, num_tokens=num_tokens)
+
+    def frames(self, samples: Tensor) -> MediaItem:
+        """The second half: log-mel frames of (n,) samples at the encoder's rate."""
+        frames = log_mel(samples, self.config)
         return MediaItem(kind="audio", values=frames, num_tokens=-(-len(frames) // self.config.frames_per_token))
 
     def num_tokens(self, num_samples: np.ndarray, sample_rates: np.ndarray) -> np.ndarray:

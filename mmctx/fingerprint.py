@@ -14,14 +14,16 @@ _WORD = 1 << 64
 
 
 def bin_fingerprint(number: int, batch: PackedBatch) -> int:
-    """64 bits that name a bin's place in its step and all it holds: ids, labels, boundaries, objectives, media, pooled positions, pairs.
+    """64 bits that name a bin's place in its step and all it holds: ids, labels, boundaries, objectives, media, pooled positions,
+    pairs.
 
     Reads host memory: call it before the batch goes to a device.
     """
     digest = hashlib.blake2b(digest_size=8)
     layout = batch.layout
     about = (number, layout.lengths, layout.num_causal, batch.objectives, sorted(batch.pairs.items()))
-    digest.update(repr(about).encode())
+    means = [(name, sizes) for name, sizes in sorted(batch.pool_sizes.items()) if any(size != 1 for size in sizes)]
+    digest.update(repr((*about, means) if means else about).encode())  # words on record know no means
     for tensor in (batch.input_ids, batch.labels, batch.position_ids):
         _update(digest, tensor)
     for name, positions in sorted(batch.pooled.items()):

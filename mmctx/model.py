@@ -19,7 +19,7 @@ from mmctx.errors import ConfigError
 from mmctx.kv_cache import KVCache
 from mmctx.layout import DocumentLayout
 from mmctx.objectives import AnyObjective, ComparingHalf, LossSum, Roster, build_model_halves
-from mmctx.objectives.captioning import TokenLoss
+from mmctx.objectives.token_loss import TokenLoss
 from mmctx.pack import PackedBatch
 from mmctx.ranges import timed
 from mmctx.rope import grid_positions

@@ -52,7 +52,8 @@ class Document:
         labels: (L,) int64, target of THIS position's hidden state, `IGNORE_INDEX` where there is none.
         causal: attends to the past only, or in both directions.
         media: (offset of the first slot, item) in running order.
-        pooled: position whose hidden state is the document's embedding, for objectives that embed.
+        pooled: position whose hidden state is the document's embedding, for objectives that embed; the first of them where it is a mean.
+        pool_size: positions that the embedding is the mean of.
         view: what an embedding shows, such as `image`, `audio`, `text0`.
         pair: the sample that the view belongs to; views of one sample are positives of each other.
         key: the sample's key, for error messages.
@@ -64,6 +65,7 @@ class Document:
     causal: bool
     media: tuple[tuple[int, MediaItem], ...] = ()
     pooled: int | None = None
+    pool_size: int = 1
     view: str | None = None
     pair: int = -1
     key: str = ""
@@ -112,7 +114,8 @@ class PackedBatch:
         layout: document boundaries (`cu_seqlens`, host lengths, `num_causal`).
         objectives: objective of each document, on the host, in the order of the layout.
         label_positions: per objective, (K,) int64 positions that carry a label: heads are evaluated nowhere else.
-        pooled: per `OBJECTIVE/VIEW`, (P,) int64 positions of embeddings.
+        pooled: per `OBJECTIVE/VIEW`, (P,) int64 positions whose states make embeddings.
+        pool_sizes: per `OBJECTIVE/VIEW`, how many of these, in running order, each embedding is the mean of, on the host.
         pairs: per `OBJECTIVE/VIEW`, the sample that each embedding belongs to, on the host.
         media: per modality, its different items. A modality that no document uses has no entry.
         keys: the sample's key of each document, on the host.
@@ -129,6 +132,7 @@ class PackedBatch:
     objectives: tuple[str, ...]
     label_positions: Mapping[str, Tensor] = field(default_factory=dict)
     pooled: Mapping[str, Tensor] = field(default_factory=dict)
+    pool_sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     pairs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     media: Mapping[str, MediaBatch] = field(default_factory=dict)
     keys: tuple[str, ...] = ()
@@ -218,6 +222,12 @@ def pack_documents(
     )
 
 
+def first_positions(batch: PackedBatch, name: str) -> list[int]:
+    """First position of each embedding of `OBJECTIVE/VIEW`; asks the device."""
+    starts = np.cumsum([0, *batch.pool_sizes[name]])[:-1]
+    return batch.pooled[name][torch.from_numpy(starts).to(batch.pooled[name].device)].tolist()
+
+
 def _check_placeholders(document: Document, placeholder_ids: Mapping[str, int]) -> None:
     for kind, token_id in placeholder_ids.items():
         found = int((document.input_ids == token_id).sum())
@@ -246,15 +256,18 @@ def _label_positions(documents: Sequence[Document], starts: np.ndarray) -> dict[
 
 
 def _views(documents: Sequence[Document], starts: np.ndarray) -> dict[str, Any]:
-    pooled: dict[str, list[int]] = {}
+    pooled: dict[str, list[np.ndarray]] = {}
+    sizes: dict[str, list[int]] = {}
     pairs: dict[str, list[int]] = {}
     for document, start in zip(documents, starts, strict=True):
         if document.pooled is not None and document.view is not None:
             name = f"{document.objective}/{document.view}"
-            pooled.setdefault(name, []).append(int(start) + document.pooled)
+            pooled.setdefault(name, []).append(start + document.pooled + np.arange(document.pool_size))
+            sizes.setdefault(name, []).append(document.pool_size)
             pairs.setdefault(name, []).append(document.pair)
     return {
-        "pooled": {name: torch.tensor(positions) for name, positions in pooled.items()},
+        "pooled": {name: torch.from_numpy(np.concatenate(positions)) for name, positions in pooled.items()},
+        "pool_sizes": {name: tuple(found) for name, found in sizes.items()},
         "pairs": {name: tuple(samples) for name, samples in pairs.items()},
     }
 

@@ -12,6 +12,8 @@ import pytest
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # beside others: here, and in the processes that tests start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 _CACHE = tempfile.TemporaryDirectory(prefix="mmctx-cache-")
 os.environ["XDG_CACHE_HOME"] = _CACHE.name  # what tests find does not depend on what this user ran before
 

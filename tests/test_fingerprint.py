@@ -70,6 +70,7 @@ SEEN: dict[str, Callable[[PackedBatch], PackedBatch]] = {
     "pooled: names": lambda batch: replace(
         batch, pooled={name.replace("text0", "text1"): places for name, places in batch.pooled.items()}
     ),
+    "pool_sizes": lambda batch: replace(batch, pool_sizes={**batch.pool_sizes, "similarity/text0": (2,)}),
     "pairs": lambda batch: replace(batch, pairs={**batch.pairs, "similarity/text0": (6,)}),
     "pairs: names": lambda batch: replace(
         batch, pairs={name.replace("text0", "text1"): samples for name, samples in batch.pairs.items()}

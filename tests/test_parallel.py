@@ -22,8 +22,9 @@ from mmctx.train.config import RunConfig
 GROUP: Any = object()  # nothing is sent here
 
 
-@pytest.fixture
-def batch(tree: dict[str, Any]) -> PackedBatch:
+@pytest.fixture(params=["token", "mean"])
+def batch(tree: dict[str, Any], request: pytest.FixtureRequest) -> PackedBatch:
+    tree["objectives"]["similarity"]["pooling"] = request.param
     config = build_config(RunConfig, tree, "tree")
     data = build_data(config.data, config.data.sources, config.model, config.objectives, seed=0)
     documents = [d for number in (0, 1) for sample in range(2) for d in data.dataset.documents(number, sample, 0)]
@@ -92,6 +93,7 @@ def test_one_rank_compares_all_embeddings(batch: PackedBatch, size: int) -> None
     )
     (borrower,) = [rank for rank, part in enumerate(parts) if part.pooled]
     assert parts[borrower].pairs == batch.pairs
+    assert parts[borrower].pool_sizes == batch.pool_sizes
     everything = torch.cat([states[borrower], received[borrower]])
     for name, positions in batch.pooled.items():
         assert torch.equal(everything[parts[borrower].pooled[name]], positions)

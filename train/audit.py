@@ -140,7 +140,7 @@ def _samples(dataset: PackedDataset, bin: Bin) -> list[tuple[int, list[Document]
     found = []
     for sample in bin.samples:
         try:
-            found.append((sample[0], dataset.documents(*sample)))
+            found.append((sample[0], dataset.documents(*sample, bin.step)))
         except SampleError:
             continue
     return found

@@ -267,7 +267,7 @@ class Sitting:
         interval.data_wait += time.perf_counter() - waited
         parts = [mesh.shard(batch) for batch in whole]
         seeds = [derive_key(train.seed, "dropout", step, bin_number) >> 1 for bin_number, _ in mine]
-        muster = self.sums.muster(self.raw_model, whole, parts)
+        muster = self.sums.muster(self.raw_model, [number for number, _ in mine], whole, parts)
         totals = self.gradient_step([MicroBatch(*one) for one in zip(seeds, parts, strict=True)], muster)
         with timed("clip"):
             norm = clip_gradients(self.model, self.accelerator, train.optimizer.clip_norm)

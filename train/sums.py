@@ -48,11 +48,14 @@ class Sums:
         over_gloo = self._alone or accelerator.device.type == "cpu"
         self._host_group: Any = self._group if over_gloo else dist.new_group(backend="gloo")
 
-    def muster(self, model: MmctxModel, whole: Sequence[PackedBatch], parts: Sequence[PackedBatch]) -> Muster:
+    def muster(
+        self, model: MmctxModel, numbers: Sequence[int], whole: Sequence[PackedBatch], parts: Sequence[PackedBatch]
+    ) -> Muster:
         """What the global step holds.
 
         Args:
             model: whose objectives count.
+            numbers: of this rank's micro-batches among those of the step.
             whole: this rank's micro-batches; the ranks of a sequence parallel group have the same ones.
             parts: what it computes of them.
         """
@@ -61,11 +64,12 @@ class Sums:
         comparing = {name: half for name, half in halves.items() if isinstance(half, ComparingHalf)}
         counted = [sum(half.count(batch) for batch in whole) for half in additive.values()]  # type: ignore[operator]
         own = self._mesh.once(counted)
-        everyone = self.gather((own, [batch.pairs for batch in parts]))
+        everyone = self.gather((own, [batch.pairs for batch in parts], list(numbers)))
         counts = dict(
-            zip(additive, (sum(column) for column in zip(*(n for n, _ in everyone), strict=True)), strict=True)
+            zip(additive, (sum(column) for column in zip(*(n for n, _, _ in everyone), strict=True)), strict=True)
         )
-        roster = Roster([entries for _, entries in everyone], self._accelerator.process_index, self._group)
+        entries, places = [e for _, e, _ in everyone], [n for _, _, n in everyone]
+        roster = Roster(entries, places, self._accelerator.process_index, self._group)
         return Muster(
             counts | {name: half.count_all(roster) for name, half in comparing.items()},
             {name: half.count_negatives(roster) for name, half in comparing.items()},

@@ -33,12 +33,14 @@ class Bin:
         tokens: their tokens, by the index.
         cost: their estimated FLOPs.
         left_out: (source number, sample id, code of a reason) of samples that were drawn beside them and cannot be used.
+        step: the global step that reads it, which schedules of objectives follow; None where none does, as in evaluation.
     """
 
     samples: tuple[tuple[int, int, int, int], ...]
     tokens: int
     cost: int
     left_out: tuple[tuple[int, int, int], ...] = ()
+    step: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,8 +175,10 @@ class Plan:
         groups = alike(np.array([bin.cost for bin in bins]), per_step)
         shuffled = np.random.default_rng(derive_key(self.seed, "steps", window)).permutation(len(groups))
         steps: list[list[Bin]] = [[] for _ in range(self.window_steps)]
+        first = self.start.step + window * self.window_steps
         for place, number in enumerate(shuffled.tolist()):
-            steps[place % self.window_steps] += [bins[bin] for bin in groups[number]]
+            local = place % self.window_steps
+            steps[local] += [replace(bins[bin], step=first + local) for bin in groups[number]]
         return steps
 
 

@@ -11,15 +11,13 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from mmctx.datasets.planning.order import derive_key
 from mmctx.pack import MediaItem
-from mmctx.sample import Sample
+from mmctx.sample import Sample, make_uid, source_numbers
 
 LongDocuments = Literal["drop", "truncate", "split"]
 """`drop`: the sample is left out as `over_long`. `truncate`: its text is cut off where the context ends. `split`: an interleaved
 document or a text without media becomes several documents, cut between segments where possible; other samples are truncated."""
-
-ENDING = 1
-"""Tokens that an objective may add to a document: the end-of-text or the embedding token."""
 
 
 class Piece(NamedTuple):
@@ -60,12 +58,16 @@ def cut(lengths: Sequence[int], is_media: Sequence[bool], room: int) -> list[lis
     return [part for part in parts if part]
 
 
-def split_sample(sample: Sample, policy: LongDocuments, context_length: int) -> list[Sample]:
+def split_sample(sample: Sample, policy: LongDocuments, room: int) -> list[Sample]:
     """The parts of a decoded sample some document of which is longer than the context; their documents all fit into it.
 
     A plain text becomes one segment where it is split. `drop` leaves everything as it is: the plan has ruled long samples out.
+
+    Args:
+        sample: the whole.
+        policy: what becomes of it.
+        room: tokens of a part, all objectives' `DataHalf.room` kept.
     """
-    room = context_length - ENDING
     segments = sample.segments
     if policy == "drop":
         return [sample]
@@ -78,7 +80,7 @@ def split_sample(sample: Sample, policy: LongDocuments, context_length: int) -> 
     parts = cut(lengths, [isinstance(part, MediaItem) for part in segments], room)
     if policy == "truncate":
         parts = parts[:1]
-    return [_part(sample, segments, part) for part in parts]
+    return [_part(sample, segments, number, part) for number, part in enumerate(parts)]
 
 
 def is_plain_text(sample: Sample) -> bool:
@@ -93,9 +95,15 @@ def _truncate_texts(sample: Sample, room: int) -> Sample:
     return replace(sample, texts=texts)
 
 
-def _part(sample: Sample, segments: Sequence[np.ndarray | MediaItem], part: Sequence[Piece]) -> Sample:
-    learned = None if sample.learned is None else tuple(sample.learned[piece.segment] for piece in part)
-    return replace(sample, texts=(), segments=tuple(_piece(segments, piece) for piece in part), learned=learned)
+def _part(sample: Sample, segments: Sequence[np.ndarray | MediaItem], number: int, pieces: Sequence[Piece]) -> Sample:
+    learned = None if sample.learned is None else tuple(sample.learned[piece.segment] for piece in pieces)
+    uid = sample.uid  # each part is a sample by itself
+    if number:
+        (source_number,) = source_numbers(np.array([uid])).tolist()
+        uid = make_uid(source_number, derive_key(uid, "part", number) >> 16)
+    return replace(
+        sample, uid=uid, texts=(), segments=tuple(_piece(segments, piece) for piece in pieces), learned=learned
+    )
 
 
 def _piece(segments: Sequence[np.ndarray | MediaItem], piece: Piece) -> np.ndarray | MediaItem:

@@ -10,17 +10,17 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from torch import Tensor
 
 from mmctx.datasets.config import NO_LIMIT, DataConfig, SourceConfig
-from mmctx.datasets.planning.split import ENDING, cut, split_sample
+from mmctx.datasets.planning.split import cut, split_sample
 from mmctx.datasets.shards.contents import REASONS
 from mmctx.datasets.shards.measure import MEDIA_KINDS
 from mmctx.datasets.shards.source import Source
+from mmctx.encoders.audio import AudioPreprocessor
+from mmctx.encoders.image import ImagePreprocessor
 from mmctx.errors import ConfigError
 from mmctx.flops import Work
 from mmctx.objectives import DataHalf
-from mmctx.pack import MediaItem
 from mmctx.sample import Sample, SampleSizes
 
 LIMITED = ("tokens", "images", "audio_frames", "pairs")
@@ -41,8 +41,8 @@ class Preprocessors:
         frames_per_token: log-mel frames behind one token of sound.
     """
 
-    image: Callable[[Tensor], MediaItem] | None
-    audio: Callable[[Tensor, int], MediaItem] | None
+    image: ImagePreprocessor | None
+    audio: AudioPreprocessor | None
     image_tokens: Callable[[np.ndarray, np.ndarray], np.ndarray]
     audio_tokens: Callable[[np.ndarray, np.ndarray], np.ndarray]
     frames_per_token: int = 1
@@ -100,6 +100,12 @@ class SourceTable:
         self.halves = [objectives[name] for name in config.objectives]
         self.num_samples = source.num_samples
         self.limits = data.limits
+        self.room = min(half.room(data.context_length) for half in self.halves)
+        if self.room < 1 and config.long_documents != "drop":
+            raise ConfigError(
+                f"data.context_length={data.context_length} leaves no room for a token beside what the objectives "
+                f"{', '.join(config.objectives)} of data.sources.{source.name} add to a document; raise it, or shorten their prompts"
+            )
 
     def units(self, ids: np.ndarray) -> Units:
         """See `Table`."""
@@ -148,7 +154,7 @@ class SourceTable:
         policy, context_length = self.config.long_documents, self.data.context_length
         if policy == "drop" or self._longest(SampleSizes.of(sample))[0] <= context_length:
             return [sample]
-        return split_sample(sample, policy, context_length)
+        return split_sample(sample, policy, self.room)
 
     def only(self, objective: str) -> SourceTable:
         """The same samples under one objective alone."""
@@ -182,7 +188,7 @@ class SourceTable:
         self, ids: np.ndarray, whole: SampleSizes, long: np.ndarray
     ) -> tuple[SampleSizes, np.ndarray, np.ndarray]:
         """Sizes, owners and part numbers of all units, long samples cut as `split_sample` will cut them."""
-        room = self.data.context_length - ENDING
+        room = self.room
         plain = long & ~whole.interleaved
         split_text = (self.config.long_documents == "split") & (whole.text_tokens.shape[1] == 1)
         split_text &= plain & (whole.image_tokens + whole.audio_tokens == 0)

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from mmctx.datasets.view.batch_media import BatchMedia, Slots
 from mmctx.datasets.view.render import render
 from mmctx.datasets.view.strip import Strip, draw_strip
 from mmctx.datasets.view.tokens import Piece, TokenReader, read_document
+from mmctx.objectives import DataHalf
 from mmctx.pack import IGNORE_INDEX, MODALITIES, PackedBatch, Skip
 
 _HUES = ("#2f9e7a", "#a066c9", "#d9577b", "#a89a2c", "#38a3b8", "#8f6b57", "#4a8fe0", "#e8943a")
@@ -40,7 +41,7 @@ class Row:
         num_read: hidden states that the loss reads.
         start: its first characters.
         pieces: its tokens.
-        views: ``VIEW at POSITION`` of each embedding.
+        views: where each embedding is read.
         pair: names of the other documents of its pair, in this bin.
         source: of its sample.
     """
@@ -132,13 +133,15 @@ def _bin_view(
     slots = [media.slots(first, end) for first, end in pairwise(starts)]
     embeddings = _embeddings(batch, starts)
     partners: dict[int, list[int]] = {}
-    for place, (_, _, pair) in sorted(embeddings.items()):
-        partners.setdefault(pair, []).append(place)
+    for place, embedding in sorted(embeddings.items()):
+        partners.setdefault(embedding.pair, []).append(place)
     rows = []
     for place in range(len(slots) if limit is None else min(limit, len(slots))):
-        view, position, pair = embeddings.get(place, ("", -1, -1))
-        others = [f"b{number}d{other}" for other in partners.get(pair, []) if other != place]
-        rows.append(_row(number, place, batch, starts, slots[place], media, reader, view, position, others))
+        embedding = embeddings.get(place)
+        others = [] if embedding is None else partners[embedding.pair]
+        names = [f"b{number}d{other}" for other in others if other != place]
+        half = data.dataset.objectives[batch.objectives[place]]
+        rows.append(_row(number, place, batch, starts, slots[place], media, reader, half, embedding, names))
     return BinView(
         number=number,
         num_tokens=batch.num_tokens,
@@ -158,8 +161,8 @@ def _row(
     slots: Sequence[Slots],
     media: BatchMedia,
     reader: TokenReader,
-    view: str,
-    position: int,
+    half: DataHalf,
+    embedding: _Embedding | None,
     partners: list[str],
 ) -> Row:
     first, end = starts[place], starts[place + 1]
@@ -167,34 +170,46 @@ def _row(
     names = media.of_document(key, slots)
     located = {s.first - first: (s.count, s.kind, name) for s, name in zip(slots, names, strict=True)}
     ids, labels = batch.input_ids[first:end].numpy(), batch.labels[first:end].numpy()
-    pooled = {position - first} if view else set()
-    causal = place < batch.layout.num_causal
-    pieces = read_document(ids, labels, causal, located, pooled, reader)
+    pooled = set() if embedding is None else {position - first for position in embedding.positions}
+    pieces = read_document(ids, labels, half, located, pooled, reader)
     start = "".join(f"[{p.text}]" if p.state == "media" else p.text for p in pieces)
     return Row(
         name=f"b{bin_number}d{place}",
         number=place,
         objective=batch.objectives[place],
         key=key,
-        causal=causal,
+        causal=place < batch.layout.num_causal,
         first=first,
         num_tokens=end - first,
         num_read=int((labels != IGNORE_INDEX).sum()) + len(pooled),
         start=" ".join(start[: 2 * _START_CHARACTERS].split())[:_START_CHARACTERS],
         pieces=pieces,
-        views=[f"{view} at position {position - first}"] if view else [],
+        views=[] if embedding is None else [embedding.describe(first)],
         pair=partners,
         source=media.source_of(key),
     )
 
 
-def _embeddings(batch: PackedBatch, starts: Sequence[int]) -> dict[int, tuple[str, int, int]]:
-    """Document -> (view, position in the bin, pair)."""
+class _Embedding(NamedTuple):
+    view: str
+    positions: list[int]
+    pair: int
+
+    def describe(self, first: int) -> str:
+        """Where in its document, which starts at `first`, it is read."""
+        if len(self.positions) == 1:
+            return f"{self.view} at position {self.positions[0] - first}"
+        return f"{self.view}, the mean over positions {self.positions[0] - first} to {self.positions[-1] - first}"
+
+
+def _embeddings(batch: PackedBatch, starts: Sequence[int]) -> dict[int, _Embedding]:
+    """Document -> its embedding."""
     found = {}
     for name, positions in batch.pooled.items():
-        for position, pair in zip(positions.tolist(), batch.pairs[name], strict=True):
-            place = int(np.searchsorted(starts, position, side="right")) - 1
-            found[place] = (name.rpartition("/")[2], position, pair)
+        pieces = positions.split(batch.pool_sizes[name])
+        for piece, pair in zip(pieces, batch.pairs[name], strict=True):
+            place = int(np.searchsorted(starts, int(piece[0]), side="right")) - 1
+            found[place] = _Embedding(name.rpartition("/")[2], piece.tolist(), pair)
     return found
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -23,8 +24,8 @@ class Piece:
 
     Attributes:
         text: of the tokens as they are fed; for media, its kind.
-        state: ``""``, ``target`` (a state before it predicts it), ``hidden`` (its own state predicts what was there), or
-            ``media``.
+        state: ``""``, ``target`` (the state before predicts it), ``hidden`` (its own state, or the one before, predicts something else than
+            what is fed), or ``media``.
         answer: what a hidden piece stands for.
         special: whether it is a special token.
         pooled: whether its hidden state is the document's embedding.
@@ -39,6 +40,13 @@ class Piece:
     pooled: bool = False
     title: str = ""
     media: str = ""
+
+
+class Predicts(Protocol):
+    """What a page must know of an objective; see `mmctx.objectives.base.DataHalf`."""
+
+    ahead: int
+    answers: tuple[str, ...]
 
 
 class TokenReader:
@@ -93,7 +101,7 @@ class TokenReader:
 def read_document(
     ids: np.ndarray,
     labels: np.ndarray,
-    causal: bool,
+    half: Predicts,
     media: Mapping[int, tuple[int, str, str]],
     pooled: set[int],
     reader: TokenReader,
@@ -103,24 +111,19 @@ def read_document(
     Args:
         ids: (L,) as fed.
         labels: (L,) target of each position's hidden state, `IGNORE_INDEX` where there is none.
-        causal: attends to the past only.
+        half: of the objective that made it: where its labels belong and what they stand for.
         media: first slot -> (slots, kind, name in the page) of each of its media.
         pooled: positions of embeddings.
         reader: of the run's tokenizer.
     """
-    read = labels != IGNORE_INDEX
-    # Causal documents predict what comes next, or (MNTP) what was hidden at the place itself: their labels tell which.
-    follows = labels[:-1][read[:-1]] == ids[1:][read[:-1]]
-    is_next = causal and bool(read.any() and follows.all() and not read[-1])
-    target = np.zeros(len(ids), bool)
-    if is_next:
-        target[1:] = read[:-1]
+    aims = np.full_like(labels, IGNORE_INDEX)  # (L,) what is predicted of each place, by whichever state
+    aims[half.ahead :] = labels[: len(labels) - half.ahead]
     pieces: list[Piece] = []
     position = 0
     for start in [*sorted(media), len(ids)]:
         for first, end, text in reader.runs(ids[position:start]):
             span = slice(position + first, position + end)
-            pieces.append(_piece(span, text, ids, labels, target, read & ~is_next, pooled, reader))
+            pieces.append(_piece(span, text, ids, aims, half, pooled, reader))
         if start == len(ids):
             break
         count, kind, name = media[start]
@@ -134,25 +137,28 @@ def _piece(
     span: slice,
     text: str,
     ids: np.ndarray,
-    labels: np.ndarray,
-    target: np.ndarray,
-    hidden: np.ndarray,
+    aims: np.ndarray,
+    half: Predicts,
     pooled: set[int],
     reader: TokenReader,
 ) -> Piece:
     title = f"position {span.start}" + (f" to {span.stop - 1}" if span.stop - span.start > 1 else "")
     title += f", token {' '.join(map(str, ids[span].tolist()))}"
     state = answer = ""
-    if hidden[span].any():
-        state = "hidden"
-        answer = "".join(reader.one(int(label)) for label in labels[span] if label != IGNORE_INDEX)
-        kept = bool((labels[span] == ids[span]).all())
-        title += f", predicts {answer!r} at its own place" + (", which was left to be seen" if kept else "")
-    elif target[span].any():
-        state = "target"
-        title += f", predicted from position {span.start - 1}"
+    aimed = aims[span] != IGNORE_INDEX
+    found = aims[span][aimed].tolist()
+    kept = found == ids[span][aimed].tolist()
+    if found:
+        state = "target" if kept and half.ahead else "hidden"
+        title += f", predicted from position {span.start - half.ahead}" if half.ahead else ""
+    if state == "hidden":
+        answer = "".join(half.answers[aim] if half.answers else reader.one(aim) for aim in found)
+        title += f", where {answer!r} is right" if half.ahead else f", predicts {answer!r} at its own place"
+        title += ", which was left to be seen" if kept else ""
     is_pooled = any(place in pooled for place in range(span.start, span.stop))
     if is_pooled:
-        title += ", its hidden state is the embedding"
+        title += (
+            ", its hidden state is the embedding" if len(pooled) == 1 else ", the embedding is the mean over its like"
+        )
     special = reader.is_special(int(ids[span.start]))
     return Piece(text=text, state=state, answer=answer, special=special, pooled=is_pooled, title=title)

@@ -85,14 +85,14 @@ class Subject:
         for name, positions in batch.pooled.items():
             embed = getattr(self.model.objectives[name.partition("/")[0]], "embed", None)
             if embed is not None:
-                found[name] = embed(hidden, positions)
+                found[name] = embed(hidden, positions, batch.pool_sizes[name])
         return found
 
     def _losses(self, hidden: Tensor, batch: PackedBatch) -> dict[int, float]:
         """Each document's own loss: the objective is shown the labels of no other, but all else is still there for it to read."""
         documents, totals = [], []
         for document, positions in self._label_positions.items():
-            alone = replace(batch, label_positions=positions, pooled={}, pairs={})
+            alone = replace(batch, label_positions=positions, pooled={}, pool_sizes={}, pairs={})
             (name,) = positions
             totals.append(self._loss(name, hidden, alone))
             documents.append(document)
@@ -123,11 +123,13 @@ class Subject:
             if document in wanted:
                 for name, places in positions.items():
                     labels.setdefault(name, []).append(places)
-        pooled, pairs = {}, {}
+        pooled, sizes, pairs = {}, {}, {}
         for name, owners in self.owned.pooled.items():
             kept = [row for row, document in enumerate(owners) if document in wanted]
             if kept:
-                pooled[name] = batch.pooled[name][torch.tensor(kept, device=self.device)]
+                states = batch.pooled[name].split(batch.pool_sizes[name])
+                pooled[name] = torch.cat([states[row] for row in kept])
+                sizes[name] = tuple(batch.pool_sizes[name][row] for row in kept)
                 pairs[name] = tuple(batch.pairs[name][row] for row in kept)
         joined = {name: torch.cat(parts) for name, parts in labels.items()}
-        return replace(batch, label_positions=joined, pooled=pooled, pairs=pairs)
+        return replace(batch, label_positions=joined, pooled=pooled, pool_sizes=sizes, pairs=pairs)

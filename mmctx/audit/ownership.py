@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mmctx.audit.report import Place
-from mmctx.pack import IGNORE_INDEX, MODALITIES, Document, MediaBatch, PackedBatch
+from mmctx.pack import IGNORE_INDEX, MODALITIES, Document, MediaBatch, PackedBatch, first_positions
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +101,8 @@ class Ownership:
             keys=batch.keys or ("",) * len(ends),
             holdings=tuple(sorted(holdings, key=lambda holding: holding.first)),
             pooled={
-                name: tuple(bisect_right(ends, place) for place in places.tolist())
-                for name, places in batch.pooled.items()
+                name: tuple(bisect_right(ends, place) for place in first_positions(batch, name))
+                for name in batch.pooled
             },
             labelled=tuple(tuple(sorted(positions)) for positions in labelled),
         )
@@ -119,11 +119,12 @@ class Ownership:
 
     def fits(self, batch: PackedBatch) -> bool:
         """Whether a batch has as many tokens, embeddings and items, wherever they lie."""
-        pooled = {name: len(places) for name, places in batch.pooled.items()}
+        whole = all(len(places) == sum(batch.pool_sizes[name]) for name, places in batch.pooled.items())
+        pooled = {name: len(batch.pool_sizes[name]) for name in batch.pooled}
         items = {kind: len(media.num_tokens) for kind, media in batch.media.items()}
         own = {kind: len(self.holders(kind)) for kind in MODALITIES if self.holders(kind)}
         views = {name: len(owners) for name, owners in self.pooled.items()}
-        return batch.num_tokens == self.num_tokens and pooled == views and items == own
+        return batch.num_tokens == self.num_tokens and whole and pooled == views and items == own
 
     def document_of(self, device: torch.device) -> Tensor:
         """(T,) int64: the document of each position."""

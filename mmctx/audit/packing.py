@@ -89,17 +89,25 @@ def _label_positions(batch: PackedBatch, documents: Sequence[Document], starts: 
 
 
 def _pooled(batch: PackedBatch, documents: Sequence[Document], starts: list[int]) -> Iterator[int]:
-    """Embeddings of a view stand in the order of its documents, each with its sample."""
+    """Embeddings of a view stand in the order of its documents, each with its positions and its sample."""
     left = {
-        name: list(zip(places.tolist(), batch.pairs.get(name, ()), strict=False))
+        name: list(zip(_pieces(places.tolist(), batch.pool_sizes[name]), batch.pairs.get(name, ()), strict=False))
         for name, places in batch.pooled.items()
     }
     for document, start in zip(documents, starts, strict=False):
         if document.pooled is None or document.view is None:
             yield 0
             continue
-        there = left.get(f"{document.objective}/{document.view}") or [None]
-        yield int(there.pop(0) != (start + document.pooled, document.pair))
+        there = left.get(f"{document.objective}/{document.view}")
+        first = start + document.pooled
+        own = (list(range(first, first + document.pool_size)), document.pair)
+        yield int(not there or there.pop(0) != own)
+
+
+def _pieces(places: list[int], sizes: Sequence[int]) -> Iterator[list[int]]:
+    """Cuts a list, which may be shorter than it should be."""
+    for end, size in zip(accumulate(sizes), sizes, strict=True):
+        yield places[end - size : end]
 
 
 def _media(batch: PackedBatch, documents: Sequence[Document], starts: list[int]) -> Iterator[int]:

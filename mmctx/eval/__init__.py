@@ -13,6 +13,7 @@ from mmctx.eval.caption import evaluate_caption
 from mmctx.eval.context import EvalContext
 from mmctx.eval.loss import evaluate_loss
 from mmctx.eval.masked_lm import evaluate_masked_lm
+from mmctx.eval.next_sentence import evaluate_next_sentence
 from mmctx.eval.recall import evaluate_recall
 from mmctx.eval.retrieval import evaluate_retrieval
 
@@ -21,6 +22,7 @@ SUITES: dict[str, Callable[[EvalContext], dict[str, Any]]] = {
     "retrieval": evaluate_retrieval,
     "caption": evaluate_caption,
     "masked_lm": evaluate_masked_lm,
+    "next_sentence": evaluate_next_sentence,
     "recall": evaluate_recall,
 }
 

@@ -13,7 +13,7 @@ from mmctx.datasets.planning.plan import Bin, plan_once
 from mmctx.errors import MmctxError, SampleError
 from mmctx.eval.context import EvalContext
 from mmctx.generate import generate
-from mmctx.pack import Document, pack_documents
+from mmctx.pack import IGNORE_INDEX, Document, pack_documents
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,8 @@ def _prompts(dataset: PackedDataset, bin: Bin) -> Iterator[_Prompt]:
         for document in documents:
             if len(document.media) != 1 or document.media[0][0] != 0:
                 continue  # plain text, or an interleaved document: there is no single caption to compare with
-            cut = document.media[0][1].num_tokens
+            cut = (
+                int(np.flatnonzero(document.labels != IGNORE_INDEX)[0]) + 1
+            )  # behind the medium, and the prompt if there is one
             prompt = replace(document, input_ids=document.input_ids[:cut], labels=document.labels[:cut])
             yield _Prompt(prompt, document.input_ids[cut:], (dataset.sources[number][0].name, sample_id))

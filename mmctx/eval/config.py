@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mmctx.config import StrictModel
 from mmctx.datasets.config import SourceConfig
@@ -23,3 +23,13 @@ class EvalConfig(StrictModel):
     """Which weights of a checkpoint: as trained last, or their moving average (`train.ema`)."""
     num_examples: int = Field(default=12, ge=0)
     """Pictures and clips shown in the report."""
+
+    @model_validator(mode="after")
+    def _check(self) -> EvalConfig:
+        for name, source in self.sources.items():
+            if source.augment is not None:
+                raise ValueError(
+                    f"sources.{name}.augment is set, but held-out samples are read as they are, so that evaluations can be compared; "
+                    "remove it"
+                )
+        return self

@@ -24,7 +24,7 @@ def embed_views(context: EvalContext, objective: str) -> tuple[dict[str, Tensor]
         hidden = context.model.encode(batch)
         for name, positions in batch.pooled.items():
             view = name.removeprefix(f"{objective}/")
-            found.setdefault(view, []).append(head.embed(hidden, positions).cpu())  # type: ignore[operator]
+            found.setdefault(view, []).append(head.embed(hidden, positions, batch.pool_sizes[name]).cpu())  # type: ignore[operator]
             samples.setdefault(view, []).extend(batch.pairs[name])
     return {view: torch.cat(parts) for view, parts in found.items()}, samples
 

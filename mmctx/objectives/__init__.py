@@ -9,11 +9,14 @@ from pydantic import Field
 from torch import nn
 
 from mmctx.objectives.base import ComparingHalf, DataHalf, LossSum, ObjectiveConfig
-from mmctx.objectives.captioning import Captioning, CaptioningConfig, TokenLoss
+from mmctx.objectives.captioning import Captioning, CaptioningConfig
 from mmctx.objectives.contrastive import SimilarityLoss
+from mmctx.objectives.denoising import Denoising, DenoisingConfig
 from mmctx.objectives.masked_lm import MaskedLM, MaskedLMConfig
+from mmctx.objectives.next_sentence import NextSentence, NextSentenceConfig, NextSentenceLoss
 from mmctx.objectives.roster import Roster
 from mmctx.objectives.similarity import Similarity, SimilarityConfig
+from mmctx.objectives.token_loss import TokenLoss
 from mmctx.tokenizer import TextTokenizer
 
 
@@ -28,9 +31,14 @@ KINDS: dict[str, Kind] = {
     "captioning": Kind(Captioning, TokenLoss),
     "masked_lm": Kind(MaskedLM, TokenLoss),
     "similarity": Kind(Similarity, SimilarityLoss),
+    "next_sentence": Kind(NextSentence, NextSentenceLoss),
+    "denoising": Kind(Denoising, TokenLoss),
 }
 
-AnyObjective = Annotated[CaptioningConfig | MaskedLMConfig | SimilarityConfig, Field(discriminator="kind")]
+AnyObjective = Annotated[
+    CaptioningConfig | MaskedLMConfig | SimilarityConfig | NextSentenceConfig | DenoisingConfig,
+    Field(discriminator="kind"),
+]
 
 
 def build_data_halves(configs: Mapping[str, AnyObjective], tokenizer: TextTokenizer) -> dict[str, DataHalf]:

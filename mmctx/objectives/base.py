@@ -41,9 +41,17 @@ class DataHalf(Protocol):
 
     Attributes:
         causal: its documents attend to the past only, or in both directions.
+        ahead: how many places before the token it predicts a label stands: 1 for next tokens, 0 for what is hidden at the place itself.
+        answers: names of the classes that labels number; empty where labels are tokens.
     """
 
     causal: bool
+    ahead: int
+    answers: tuple[str, ...]
+
+    def room(self, context_length: int) -> int:
+        """Tokens that a sample's text and media may have together, so that its documents fit into the context: long ones are cut to it."""
+        ...
 
     def lengths(self, sizes: SampleSizes) -> np.ndarray:
         """(n, documents a sample) int64 lengths of the documents that `documents` will make, 0 for none; integers only."""
@@ -57,8 +65,14 @@ class DataHalf(Protocol):
         """(n,) int64 candidates that each sample adds to a similarity loss, 0 for other objectives."""
         ...
 
-    def documents(self, sample: Sample, rng: np.random.Generator) -> list[Document]:
-        """The documents of one sample; `rng` is seeded by (run seed, epoch, sample)."""
+    def documents(self, sample: Sample, rng: np.random.Generator, step: int | None = None) -> list[Document]:
+        """The documents of one sample.
+
+        Args:
+            sample: or a part of one that was split.
+            rng: seeded by (run seed, epoch, sample).
+            step: the global step that reads them, for schedules; None in evaluation, where a schedule is at its end.
+        """
         ...
 
 

@@ -6,7 +6,7 @@ However the step is split into micro-batches and ranks, every view meets all can
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mmctx.objectives.base import ComparingHalf
 from mmctx.objectives.contrast import Partners, info_nce, pairwise_sigmoid
+from mmctx.objectives.pooling import pool_states
 from mmctx.objectives.roster import Roster
 from mmctx.objectives.similarity import SimilarityConfig
 from mmctx.pack import PackedBatch
@@ -36,15 +37,15 @@ class SimilarityLoss(ComparingHalf):
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / config.initial_temperature)))
         self.logit_bias = nn.Parameter(torch.full((1,), config.initial_bias)) if config.loss == "sigmoid" else None
 
-    def embed(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        """Unit embeddings (P, E) of the pooled positions (P,), in float32 at least."""
-        projected = self.projection(hidden.index_select(0, positions))
+    def embed(self, hidden: Tensor, positions: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
+        """Unit embeddings (N, E) of the pooled positions (P,), so many of them for each; in float32 at least."""
+        projected = self.projection(pool_states(hidden, positions, sizes))
         return F.normalize(projected if projected.dtype == torch.float64 else projected.float(), dim=-1)
 
     def embed_batch(self, hidden: Tensor, batch: PackedBatch) -> dict[str, Tensor]:
         """See `ComparingHalf`: embeddings, `scale` (1,) and, with a sigmoid, `bias` (1,)."""
         views = {
-            name: self.embed(hidden, positions)
+            name: self.embed(hidden, positions, batch.pool_sizes[name])
             for name, positions in batch.pooled.items()
             if name.startswith(f"{self.name}/")
         }
@@ -92,7 +93,8 @@ class SimilarityLoss(ComparingHalf):
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """The embeddings of one view that are compared: one for each sample, the first. One drawn twice must not be its own negative.
+    """The embeddings of one view that are compared: one for each sample, the first of the global step, whoever computes it. A sample drawn
+    twice must not be its own negative.
 
     Attributes:
         view: `OBJECTIVE/VIEW`.
@@ -111,8 +113,9 @@ class Candidates:
         """The candidates of a view."""
         by_rank = roster.samples(view)
         everyone = np.concatenate(by_rank)
+        order = np.argsort(roster.in_order(view))
         first = np.zeros(len(everyone), bool)
-        first[np.unique(everyone, return_index=True)[1]] = True
+        first[order[np.unique(everyone[order], return_index=True)[1]]] = True
         own = np.split(first, np.cumsum([len(samples) for samples in by_rank])[:-1])
         rows = tuple(np.flatnonzero(kept) for kept in own)
         return cls(view, everyone[first], tuple(len(r) for r in rows), rows)

@@ -23,18 +23,20 @@ class Roster:
 
     Attributes:
         entries: by rank, by micro-batch.
+        numbers: by rank, the number that each micro-batch has in the global step, whoever computes it.
         rank: of this process.
         group: the ranks; None for one alone.
     """
 
     entries: Sequence[Sequence[Entries]]
+    numbers: Sequence[Sequence[int]]
     rank: int = 0
     group: dist.ProcessGroup | None = None
 
     @classmethod
     def of(cls, *batches: PackedBatch) -> Roster:
         """Of one process's batches, which are compared with each other and with no others."""
-        return cls([[batch.pairs for batch in batches]])
+        return cls([[batch.pairs for batch in batches]], [range(len(batches))])
 
     def samples(self, view: str) -> list[np.ndarray]:
         """By rank, (P,) int64 samples of its embeddings of an `OBJECTIVE/VIEW`."""
@@ -42,6 +44,15 @@ class Roster:
             np.array([sample for batch in batches for sample in batch.get(view, ())], np.int64)
             for batches in self.entries
         ]
+
+    def in_order(self, view: str) -> np.ndarray:
+        """(P of all ranks,) int64: where each embedding of a view would stand if one process computed the step."""
+        lengths = [len(batch.get(view, ())) for batches in self.entries for batch in batches]
+        numbers = np.repeat([number for rank in self.numbers for number in rank], lengths)
+        order = np.argsort(numbers, kind="stable")
+        places = np.empty_like(order)
+        places[order] = np.arange(len(order))
+        return places
 
     def embeds_in(self, number: int) -> bool:
         """Whether some rank's micro-batch of this number embeds anything."""

@@ -111,7 +111,9 @@ def _share_media(media: MediaBatch, cuts: np.ndarray, shards: TokenShards) -> Me
 
 
 def _lend(batch: PackedBatch, cuts: np.ndarray, shards: TokenShards) -> dict[str, Any]:
-    """Pooled positions and pairs on the rank that compares embeddings, none elsewhere, and the rows that go there."""
+    """Pooled positions and pairs on the rank that compares embeddings, none elsewhere, and the rows that go there: all those that a mean is
+    taken over, so that it is summed in one place and in one order.
+    """
     if not batch.pooled:
         return {}
     positions = torch.cat(list(batch.pooled.values())).numpy()  # (P,)
@@ -120,7 +122,7 @@ def _lend(batch: PackedBatch, cuts: np.ndarray, shards: TokenShards) -> dict[str
     sent, received, exchange = _exchange(source, np.full_like(source, borrower), shards)
     lent = LentRows(torch.from_numpy(positions[sent] - cuts[shards.rank]), exchange)
     if shards.rank != borrower:
-        return {"lent": lent, "pooled": {}, "pairs": {}}
+        return {"lent": lent, "pooled": {}, "pool_sizes": {}, "pairs": {}}
     place = np.empty_like(received)
     place[received] = np.arange(len(received)) + shards.own_size  # lent rows stand behind this rank's own
     views = torch.from_numpy(place).split([len(p) for p in batch.pooled.values()])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,9 +16,9 @@ from mmctx.encoders.audio import AudioBlock
 from mmctx.layout import DocumentLayout
 from mmctx.model import MmctxModel
 from mmctx.objectives import LossSum
-from mmctx.objectives.captioning import TokenLoss
 from mmctx.objectives.contrastive import SimilarityLoss
 from mmctx.objectives.linear_cross_entropy import linear_cross_entropy
+from mmctx.objectives.token_loss import TokenLoss
 from mmctx.pack import IGNORE_INDEX, PackedBatch
 
 
@@ -111,7 +111,7 @@ def backend(function: Callable[..., Tensor]) -> Backend:
 class PoolsOverNeighbour(SimilarityLoss):
     """Mean of the last eight positions, whosesoever they are."""
 
-    def embed(self, hidden: Tensor, positions: Tensor) -> Tensor:
+    def embed(self, hidden: Tensor, positions: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
         around = torch.stack([hidden[(positions - n).clamp(min=0)] for n in range(8)]).mean(0)
         return F.normalize(self.projection(around).float(), dim=-1)
 
@@ -119,7 +119,7 @@ class PoolsOverNeighbour(SimilarityLoss):
 class PoolsOffByOne(SimilarityLoss):
     """Takes the token after the last one."""
 
-    def embed(self, hidden: Tensor, positions: Tensor) -> Tensor:
+    def embed(self, hidden: Tensor, positions: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
         return super().embed(hidden, (positions + 1).clamp(max=len(hidden) - 1))
 
 

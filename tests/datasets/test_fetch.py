@@ -102,32 +102,6 @@ def test_the_cache_changes_nothing_and_keeps_its_bound(tree: dict[str, Any]) -> 
     assert not plain.dataset._cache
 
 
-def test_spec_augment_masks_clips_anew_each_epoch_and_leaves_the_cache_alone(tree: dict[str, Any]) -> None:
-    plain = open_data(tree)
-    tree["data"] |= {"cache_mb": 4}
-    for source in tree["data"]["sources"].values():
-        source["spec_augment"] = {"mel_masks": 2, "frame_masks": 2}
-    masked = open_data(tree)
-
-    def clips(data: RunData, source: str, epoch: int) -> list[torch.Tensor]:
-        number = [s.name for s, _ in data.dataset.sources].index(source)
-        documents = data.dataset.documents(number, 2, epoch)
-        return [item.values for d in documents for _, item in d.media if item.kind == "audio"]
-
-    for source in ("triples", "books"):
-        clean, first, again, later = (
-            clips(data, source, epoch) for data, epoch in ((plain, 0), (masked, 0), (masked, 0), (masked, 1))
-        )
-        assert clean
-        assert all(a.shape == b.shape for a, b in zip(clean, first, strict=True))
-        assert any(not torch.equal(a, b) for a, b in zip(clean, first, strict=True))
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-        assert any(not torch.equal(a, b) for a, b in zip(first, later, strict=True))
-        for before, after in zip(clean, first, strict=True):  # what is not hidden is as it was
-            changed = before != after
-            assert after[changed].numel() == 0 or torch.allclose(after[changed], before.mean())
-
-
 def test_samples_of_two_sources_stay_apart_when_a_suite_reads_one_objective(tree: dict[str, Any]) -> None:
     """`only` may leave sources out and number the rest anew; the shared cache must not mix up whose sample is whose."""
     shards = tree["data"]["sources"]["triples"]["shards"]

@@ -17,7 +17,7 @@ from tiny import book, png, tiny_tree, words, write_shard
 
 from mmctx.config import build_config
 from mmctx.datasets.assemble import RunData, build_data
-from mmctx.datasets.planning.split import ENDING, cut, split_sample
+from mmctx.datasets.planning.split import cut, split_sample
 from mmctx.datasets.planning.table import SourceTable
 from mmctx.datasets.shards.contents import REASONS
 from mmctx.errors import SampleError
@@ -96,7 +96,7 @@ def test_split_sample_cuts_interleaved_documents_by_policy(document, policy) -> 
         if length
     )
     sample = Sample("k", "s", 1, segments=segments)
-    parts = split_sample(sample, policy, room + ENDING)
+    parts = split_sample(sample, policy, room)
     if policy == "drop" or sum(lengths) <= room:
         assert parts == [sample]
         return
@@ -120,7 +120,7 @@ def test_split_sample_cuts_the_texts_of_plain_samples(texts, image, audio, polic
     ids = tuple(None if length is None else np.arange(length) + FIRST for length in texts)
     items = [None if length is None else media_item(length) for length in (image, audio)]
     sample = Sample("k", "s", 1, ids, *items)
-    parts = split_sample(sample, policy, context_length=12)
+    parts = split_sample(sample, policy, room=11)
     if policy == "drop":
         assert parts == [sample]
         return
@@ -247,7 +247,7 @@ def test_all_parts_of_a_split_sample_are_planned(data: RunData, context_length: 
                 (document,) = [
                     d for d in changed.dataset.documents(number, sample_id, 0, part) if d.objective == "captioning"
                 ]
-                ids = document.input_ids[:-ENDING]
+                ids = document.input_ids[:-1]
                 found += ids[~np.isin(ids, list(changed.tokenizer.placeholder_ids.values()))].tolist()
             assert found == text
             if count > 1:
@@ -300,6 +300,6 @@ def test_segments_that_take_no_place_shift_nothing(
 def test_parts_know_which_texts_are_learned(policy) -> None:
     segments = (np.arange(FIRST, FIRST + 7), media_item(2), np.arange(FIRST, FIRST + 4))
     sample = Sample(key="k", source="s", uid=0, segments=segments, learned=(False, True, True))
-    parts = split_sample(sample, policy, 5 + ENDING)
+    parts = split_sample(sample, policy, 5)
     assert [part.learned for part in parts] == [(False,), (False, True), (True,)][: 1 if policy == "truncate" else 3]
     assert all(len(part.learned or ()) == len(part.segments or ()) for part in parts)

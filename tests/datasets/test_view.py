@@ -166,8 +166,8 @@ def test_pieces_are_the_tokens(step) -> None:
             located = {s.first - first: (s.count, s.kind, "name") for s in slots}
             placeholders = list(data.tokenizer.placeholder_ids.values())
             assert sum(s.count for s in slots) == int(np.isin(ids, placeholders).sum())
-            causal = place < batch.layout.num_causal
-            pieces = read_document(ids, labels, causal, located, set(), reader)
+            half = data.dataset.objectives[batch.objectives[place]]
+            pieces = read_document(ids, labels, half, located, set(), reader)
             words = ids[~np.isin(ids, placeholders)]
             whole = data.tokenizer.hf.decode(words.tolist(), clean_up_tokenization_spaces=False)
             assert "".join(piece.text for piece in pieces if piece.state != "media") == whole

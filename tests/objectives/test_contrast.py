@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmctx.objectives.contrast import Partners, info_nce, pairwise_sigmoid
+from mmctx.objectives.contrastive import Candidates
+from mmctx.objectives.roster import Roster
 
 
 def unit(*shape: int) -> Tensor:
@@ -107,3 +109,21 @@ def test_gradients_are_handed_out_once() -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="second backward"):
         loss.backward()
+
+
+def test_of_a_sample_drawn_twice_the_same_one_counts_on_any_ranks() -> None:
+    """Bins 0 and 1 hold sample 7; with dropout they embed it differently."""
+    bins: list[dict[str, tuple[int, ...]]] = [{"s/image": (5, 7)}, {"s/image": (7, 8)}, {"s/image": (9,)}, {}]
+
+    def chosen(numbers: list[list[int]]) -> set[tuple[int, int]]:
+        """(bin, sample) of the candidates."""
+        roster = Roster([[bins[number] for number in rank] for rank in numbers], numbers)
+        found = set()
+        for rank, rows in enumerate(Candidates.of("s/image", roster).rows):
+            entries = [(number, sample) for number in numbers[rank] for sample in bins[number].get("s/image", ())]
+            found |= {entries[row] for row in rows}
+        return found
+
+    assert chosen([[0, 1, 2, 3]]) == {(0, 5), (0, 7), (1, 8), (2, 9)}
+    for numbers in ([[1, 3], [0, 2]], [[3], [2], [1], [0]], [[1, 0], [2, 3]]):
+        assert chosen(numbers) == chosen([[0, 1, 2, 3]])

@@ -58,10 +58,11 @@ def compute(
     """Losses, gradients and negatives of one global step over all ranks."""
     model, data, config = built
     rank, size = accelerator.process_index, accelerator.num_processes
-    bins = deal(data, case, accumulation * size)[rank::size]
+    numbers = range(accumulation * size)[rank::size]
+    bins = [deal(data, case, accumulation * size)[number] for number in numbers]
     sums = Sums(accelerator, Mesh(data_rank=rank, data_size=size))
     model.zero_grad()
-    muster = sums.muster(model, bins, bins)
+    muster = sums.muster(model, numbers, bins, bins)
     weights = {name: objective.weight for name, objective in config.objectives.items()}
     totals = GradientStep(accelerator, wrapped, model, weights)([MicroBatch(0, batch) for batch in bins], muster)
     names = sorted(totals)
