@@ -83,6 +83,9 @@ class DataConfig(StrictModel):
     """Loader processes a rank."""
     prefetch: int = Field(default=2, ge=1)
     """Batches that each worker prepares ahead."""
+    worker_timeout: float | None = Field(default=600.0, gt=0)
+    """Seconds that a loader process may take for a batch before the run stops and says what it was reading; null waits for ever. Without
+    loader processes nobody watches."""
     cache_mb: int = Field(default=0, ge=0)
     """MiB of decoded samples that each loading process keeps, for sets that are read many times and fit. They are not decoded again."""
     remote_cache_dir: str | None = None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from mmctx.datasets.planning.plan import Bin, Plan, share_out
 from mmctx.datasets.planning.table import SourceTable
 from mmctx.datasets.shards.contents import REASONS
 from mmctx.datasets.shards.source import Source
+from mmctx.datasets.workers import ReadingBoard, StartWorker, WatchedLoader
 from mmctx.errors import ConfigError, SampleError
 from mmctx.objectives import DataHalf
 from mmctx.pack import IGNORE_INDEX, Document, PackedBatch, Skip, pack_documents
@@ -55,6 +55,7 @@ class PackedDataset(Dataset[PackedBatch]):
         self._cache: dict[tuple[object, ...], Sample] = {}  # by `_place`
         self._cache_room = cache_mb << 20
         self.undecodable: dict[tuple[str, str], Skip] = {}  # by shard and key: what this process came across
+        self.note_reading: Callable[[int, int], None] = _nobody_asks  # loader processes say what they read
 
     @property
     def sources(self) -> list[tuple[Source, SourceConfig]]:
@@ -64,6 +65,8 @@ class PackedDataset(Dataset[PackedBatch]):
     def __getitem__(self, bin: Bin) -> PackedBatch:
         documents: list[Document] = []
         skips: list[Skip] = []
+        for source_number, sample_id, *_ in bin.samples[:1]:
+            self.note_reading(source_number, sample_id)  # remote shards are asked for all of the bin at once
         self._prefetch(bin)
         for source_number, sample_id, epoch, part in bin.samples:
             try:
@@ -115,6 +118,12 @@ class PackedDataset(Dataset[PackedBatch]):
         detail = self.tables[source_number].explain(sample_id, code)
         return self._skip(source_number, sample_id, REASONS[code], detail)
 
+    def describe(self, source_number: int, sample_id: int) -> str:
+        """Names a sample to people."""
+        source = self.tables[source_number].source
+        shard, key = source.locate(sample_id)
+        return f"sample {key!r} of source {source.name!r} in {shard}"
+
     def _skip(self, source_number: int, sample_id: int, reason: str, detail: str) -> Skip:
         source = self.tables[source_number].source
         shard, key = source.locate(sample_id)
@@ -135,6 +144,7 @@ class PackedDataset(Dataset[PackedBatch]):
         place = self._place(source_number, sample_id)
         if (known := self._cache.get(place)) is not None:
             return known
+        self.note_reading(source_number, sample_id)
         pre = table.preprocessors
         make_image, make_audio = (pre.image, pre.audio) if augmentation is None else augmentation.makers
         sample = decode_sample(
@@ -190,20 +200,29 @@ class StepSampler(Sampler[Bin]):
             yield from (bin for _, bin in share_out(self.plan.step(step), self.rank, self.world_size))
 
 
-def make_loader(dataset: PackedDataset, bins: Sampler[Bin] | Sequence[Bin], config: DataConfig) -> DataLoader:
-    """A standard DataLoader over bins. It never goes through `accelerator.prepare`, which would shard it a second time."""
-    return DataLoader(
+def make_loader(
+    dataset: PackedDataset, bins: Sampler[Bin] | Sequence[Bin], config: DataConfig
+) -> DataLoader[PackedBatch] | WatchedLoader:
+    """A standard DataLoader over bins. It never goes through `accelerator.prepare`, which would shard it a second time.
+
+    Iterating it raises DataError, with the sample, for a worker that hangs or dies.
+    """
+    pinned = torch.cuda.is_available()
+    if not config.num_workers:
+        return DataLoader(dataset, batch_size=None, sampler=bins, pin_memory=pinned)
+    board = ReadingBoard(config.num_workers)
+    loader = DataLoader(
         dataset,
         batch_size=None,
         sampler=bins,
         num_workers=config.num_workers,
-        prefetch_factor=config.prefetch if config.num_workers else None,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_ignore_interrupts,
+        prefetch_factor=config.prefetch,
+        pin_memory=pinned,
+        timeout=config.worker_timeout or 0,
+        worker_init_fn=StartWorker(board),
     )
+    return WatchedLoader(loader, board)
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach the whole process group; workers must live until the run has saved."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _nobody_asks(source_number: int, sample_id: int) -> None:
+    """Stands for a reader of `note_reading` where there is none."""

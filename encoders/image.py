@@ -6,6 +6,8 @@ R embeddings of all pictures, D trunk width, r shuffle factor.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -88,6 +90,11 @@ class ImageEncoder(nn.Module):
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (self.geometry.mean, self.geometry.std))
         self.register_buffer("scale", 1 / (255 * std), persistent=False)
         self.register_buffer("shift", -mean / std, persistent=False)
+
+    @property
+    def blocks(self) -> Iterable[nn.Module]:
+        """Its transformer blocks."""
+        return self.tower.blocks
 
     def forward(self, media: MediaBatch) -> Tensor:
         """Encodes all pictures of a batch.

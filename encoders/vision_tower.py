@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -163,6 +164,11 @@ class VisionTower(nn.Module):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
+    @property
+    def blocks(self) -> Iterable[nn.Module]:
+        """Its transformer blocks."""
+        raise NotImplementedError
+
 
 class TimmTower(VisionTower):
     """timm's `forward_features` without class and register tokens."""
@@ -179,6 +185,11 @@ class TimmTower(VisionTower):
         model.prune_intermediate_layers(1, prune_norm=False, prune_head=True)  # keeps all blocks, drops head and pool
         self.model = model
 
+    @property
+    def blocks(self) -> Iterable[nn.Module]:
+        """See `VisionTower`."""
+        return self.model.blocks
+
     def forward(self, pixels: Tensor) -> Tensor:
         return self.model.forward_features(pixels)[:, self.model.num_prefix_tokens :]
 
@@ -194,6 +205,11 @@ class OpenClipTower(VisionTower):
         visual.prune_intermediate_layers(1, prune_norm=not self.normalize, prune_head=True)
         visual.attn_pool = None
         self.visual = visual
+
+    @property
+    def blocks(self) -> Iterable[nn.Module]:
+        """See `VisionTower`."""
+        return self.visual.transformer.resblocks
 
     def forward(self, pixels: Tensor) -> Tensor:
         found = self.visual.forward_intermediates(

@@ -19,7 +19,10 @@ from mmctx.model import MmctxModel
 from mmctx.pack import PackedBatch
 from mmctx.train.audit import audit
 from mmctx.train.build import build_model as _build_model
-from mmctx.train.checkpoint import list_checkpoints, load_model, load_run_config, read_state, resolve_checkpoint
+from mmctx.train.checkpoints.layout import list_checkpoints, resolve_checkpoint
+from mmctx.train.checkpoints.load import load_model, load_run_config, read_model
+from mmctx.train.checkpoints.manifest import verify
+from mmctx.train.checkpoints.state import read_state
 from mmctx.train.config import RunConfig
 from mmctx.train.loop import TrainResult, train
 from mmctx.train.optim.ema import load_ema
@@ -92,7 +95,7 @@ def _context(
     folder: Path, overrides: Sequence[str], progress: Callable[[str, int, int], None] | None
 ) -> tuple[evaluation.EvalContext, RunConfig]:
     """A checkpoint's model and held-out data, and the configuration of its stage."""
-    model, _, config = load_model(folder)
+    model, _, config = read_model(folder)
     config = _overridden(config, overrides)
     if not config.eval.sources:
         raise ConfigError(
@@ -133,6 +136,7 @@ def recall_curve(
         stage = trained_stage(load_run_config(folder), step)
         if step != stage.stop or (until is not None and step > until):
             continue  # saved on the way
+        verify(folder, optimizer=False)
         context, config = _context(folder, overrides, progress)
         found = evaluation.evaluate(context, ["recall"])["recall"].get("lengths", {})
         scores = {length: by_kind["all"] for length, by_kind in found.items()}

@@ -17,7 +17,8 @@ from mmctx.errors import ConfigError, LeakError, SampleError
 from mmctx.model import MmctxModel
 from mmctx.pack import Document, pack_documents
 from mmctx.train.build import build_model
-from mmctx.train.checkpoint import load_model, resolve_checkpoint
+from mmctx.train.checkpoints.layout import resolve_checkpoint
+from mmctx.train.checkpoints.load import read_model
 from mmctx.train.config import RunConfig
 from mmctx.train.course import plan_at
 from mmctx.train.stages import stage_of
@@ -104,7 +105,7 @@ def open_run(where: Path, overrides: Sequence[str], step: int) -> tuple[MmctxMod
             f"{where} holds the weights of one model: {planned[0]!r} would be another; give the YAML file"
         )
     folder = resolve_checkpoint(where)
-    model, _, config = load_model(folder)
+    model, _, config = read_model(folder)
     tree = config.model_dump(mode="json")
     for override in [*overrides, f"data.tokenizer={json.dumps(str(folder))}"]:
         apply_override(tree, override)

@@ -14,6 +14,8 @@ from mmctx.datasets.config import DataConfig
 from mmctx.eval.config import EvalConfig
 from mmctx.model import ModelConfig
 from mmctx.objectives import AnyObjective
+from mmctx.train.checkpoints.retention import KeepConfig
+from mmctx.train.distribution import DistributionConfig
 from mmctx.train.optim.config import AdamWConfig, AnyOptimizer
 from mmctx.train.optim.ema import EmaConfig
 from mmctx.train.optim.guard import GuardConfig
@@ -59,8 +61,8 @@ class TrainConfig(StrictModel):
     """Steps between lines of metrics.jsonl; the device is asked for numbers only then."""
     save_every: int = Field(default=1000, ge=1)
     """Steps between checkpoints; one is always written at the end and on Ctrl-C."""
-    keep_checkpoints: int = Field(default=2, ge=1)
-    """Older ones are deleted."""
+    keep: KeepConfig = KeepConfig()
+    """Which checkpoints stay."""
     audit: bool = False
     """Audit the model for leaks on the data of the next step, before training and before each stage, and stop if there is one; see
     `mmctx audit`."""
@@ -70,6 +72,8 @@ class TrainConfig(StrictModel):
     """TFLOP/s that one device could do at `precision`, for the model FLOPs utilisation; null looks it up by the device's name."""
     num_threads: int | None = None
     """CPU threads of torch; null leaves torch's choice."""
+    distribution: DistributionConfig = DistributionConfig()
+    """What each of several processes holds of the model."""
     sequence_parallel: int = Field(default=1, ge=1)
     """Processes that share each bin, token by token; it must divide the transformer's `num_heads` and the number of processes."""
     deterministic: bool = False
@@ -109,6 +113,10 @@ class RunConfig(StrictModel):
         if ranks > 1 and self.model.transformer.picture_positions == "grid":
             raise ValueError(
                 f"train.sequence_parallel={ranks} may cut a picture in two, and picture_positions: grid needs it whole; use sequence"
+            )
+        if self.train.audit and self.train.distribution.kind == "fsdp2":
+            raise ValueError(
+                "train.audit looks at whole models, and train.distribution.kind: fsdp2 splits them; run `mmctx audit CONFIG` instead"
             )
         pieces = {"activations.mlp_tile": self.train.activations.mlp_tile, "compile": self.train.compile}
         if ranks > 1 and self.model.transformer.dropout and (used := [name for name, value in pieces.items() if value]):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmctx.datasets.shards.contents import REASONS
 from mmctx.pack import TOKEN_KINDS, PackedBatch
-from mmctx.train.checkpoint import TrainerState
+from mmctx.train.checkpoints.state import TrainerState
 from mmctx.train.sums import Muster, Sums
 from mmctx.train.utilisation import Utilisation
 

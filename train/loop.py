@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from mmctx.datasets.planning.order import derive_key
 from mmctx.datasets.planning.plan import Plan, share_out
 from mmctx.datasets.shards.quarantine import write_quarantine
 from mmctx.determinism import deterministic_algorithms
+from mmctx.errors import CheckpointError
 from mmctx.model import MmctxModel
 from mmctx.pack import PackedBatch
 from mmctx.parallel.mesh import Mesh, build_mesh
@@ -29,16 +30,15 @@ from mmctx.ranges import timed
 from mmctx.train.attention import settled_attention
 from mmctx.train.audit import audit_before_training
 from mmctx.train.build import build_model
-from mmctx.train.checkpoint import (
-    TrainerState,
-    list_checkpoints,
-    read_state,
-    resume,
-    save_checkpoint,
-    without_pretrained,
-)
+from mmctx.train.checkpoints.load import load_optimizer, load_run_config, load_weights, without_pretrained
+from mmctx.train.checkpoints.resume import checkpoint_to_resume
+from mmctx.train.checkpoints.same_run import check_same_run
+from mmctx.train.checkpoints.saver import Saver
+from mmctx.train.checkpoints.sharded import Shards
+from mmctx.train.checkpoints.state import TrainerState, read_state
 from mmctx.train.config import RunConfig
 from mmctx.train.course import build_course
+from mmctx.train.distribution import clip_gradients, distribute, handlers, is_sharded
 from mmctx.train.interval import Interval
 from mmctx.train.optim.ema import read_ema
 from mmctx.train.optim.modules import freeze, named_in
@@ -51,8 +51,10 @@ from mmctx.train.records import (
     announce_indexing,
     explain_left_out,
     open_ledger,
+    say_where_it_stands,
     write_manifest,
 )
+from mmctx.train.result import TrainResult
 from mmctx.train.segments import continue_segments, kept_quarantine, read_segments, write_segments
 from mmctx.train.stages import Stage, stage_of
 from mmctx.train.step import GradientStep, MicroBatch
@@ -60,25 +62,6 @@ from mmctx.train.stop import StopOnSignal
 from mmctx.train.sums import Sums
 from mmctx.train.utilisation import Utilisation
 from mmctx.train.wrap import wrap_again
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What `train` returns.
-
-    Attributes:
-        run_dir: the run's folder.
-        step: steps done in all.
-        interrupted: stopped by a signal before the last step.
-        train_seconds: time spent in the loop, earlier sittings included.
-        is_main_process: False on all ranks but one.
-    """
-
-    run_dir: Path
-    step: int
-    interrupted: bool
-    train_seconds: float
-    is_main_process: bool
 
 
 def train(config: RunConfig) -> TrainResult:
@@ -105,13 +88,18 @@ def _train(config: RunConfig) -> TrainResult:
 def sitting(config: RunConfig) -> Iterator[Sitting]:
     """A run, ready to go on; what it holds open is closed in the end."""
     accelerator = Accelerator(
-        mixed_precision="bf16" if config.train.precision == "bf16" else "no", cpu=not torch.cuda.is_available()
+        mixed_precision="bf16" if config.train.precision == "bf16" else "no",
+        cpu=not torch.cuda.is_available(),
+        kwargs_handlers=handlers(config.train.distribution),
     )
     try:
         with settled_attention(config, accelerator) as attention:
             opened = _sit_down(config, accelerator, attention)
             try:
                 yield opened
+            except Exception:
+                opened.saver.settle()  # what was saved before is still written; a second Ctrl-C does not wait for it
+                raise
             finally:
                 opened.close()
     finally:
@@ -125,18 +113,24 @@ def _sit_down(config: RunConfig, accelerator: Accelerator, attention: Resolution
     size = config.train.sequence_parallel
     mesh = build_mesh(accelerator.device.type, accelerator.process_index, accelerator.num_processes, size)
     run_dir = Path(config.run.dir) / config.run.name
-    run_dir.mkdir(parents=True, exist_ok=True)
-    checkpoints = list_checkpoints(run_dir)
-    step = read_state(checkpoints[-1]).step if checkpoints else 0
+    checkpoint = checkpoint_to_resume(run_dir, accelerator)
+    state = read_state(checkpoint) if checkpoint else None
     with accelerator.main_process_first():  # the others find the indexes that the first one wrote
         progress = announce_indexing(enabled=accelerator.is_main_process)
-        course = build_course(config, step, mesh.data_size, progress)
-    shape = config.model_copy(update={"model": without_pretrained(config.model)}) if checkpoints else config
+        course = build_course(config, state.step if state else 0, mesh.data_size, progress)
+    shape = config.model_copy(update={"model": without_pretrained(config.model)}) if checkpoint else config
     model = build_model(shape, len(next(iter(course.values())).tokenizer))
-    optimizer = build_optimizer(model, config.train.optimizer, named_in(stage.config.train for stage in config.stages))
-    state = resume(run_dir, config, model, optimizer)
-    average = read_ema(checkpoints[-1] / "trainer") if checkpoints and config.train.ema else None
-    return Sitting(config, accelerator, mesh, attention, run_dir, course, model, optimizer, state, average)
+    if checkpoint and state:
+        check_same_run(load_run_config(checkpoint), config, checkpoint, state.step)
+        load_weights(model, checkpoint)
+    stages = config.stages
+    freeze(model, stage_of(stages, state.step if state else 0).config.train.modules)  # DDP looks at it once
+    wrapped = distribute(model, config.train.distribution, accelerator)
+    optimizer = build_optimizer(model, config.train.optimizer, named_in(stage.config.train for stage in stages))
+    if checkpoint:
+        load_optimizer(model, optimizer, checkpoint)
+    average = read_ema(checkpoint / "trainer") if checkpoint and config.train.ema else None
+    return Sitting(config, accelerator, mesh, attention, run_dir, course, model, wrapped, optimizer, state, average)
 
 
 class Sitting:
@@ -151,6 +145,7 @@ class Sitting:
         run_dir: Path,
         course: dict[int, RunData],
         model: MmctxModel,
+        wrapped: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
         state: TrainerState | None,
         average: dict[str, Tensor] | None,
@@ -159,16 +154,18 @@ class Sitting:
         self.attention = attention
         self.state = state or TrainerState(planned_steps=config.steps)
         self.stages, self.steps = config.stages, config.steps
-        self.raw_model = model
-        freeze(model, stage_of(self.stages, self.state.step).config.train.modules)
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.saved = self.state.step
+        self.raw_model, self.model, self.optimizer = model, wrapped, optimizer
+        self.saved, self.failed = self.state.step, False
         self.measured: Iterator[PackedBatch] | None = None
         self.bar = ProgressBar(self.steps, self.state.step, enabled=accelerator.is_main_process)
         last_step = state.step if state else -1
         self.ledger = open_ledger(run_dir, config.data.skip_budget, last_step, accelerator)
         self.metrics = Metrics(run_dir, last_step, config) if accelerator.is_main_process else None
         self.sums = Sums(accelerator, mesh)
+        shards = Shards() if is_sharded(model) else None
+        idle = shards is None and not accelerator.is_main_process
+        self.saver = Saver(run_dir, config, shards, idle, self.bar.say)
+        self.line: dict[str, Any] = {}
         self.weights = {name: objective.weight for name, objective in config.objectives.items()}
         self.gradient_step = GradientStep(accelerator, self.model, model, self.weights)
         self.update = Update(config, model, optimizer, self.state.guard, average, self._note_step)
@@ -205,13 +202,15 @@ class Sitting:
 
     def run(self) -> TrainResult:
         """Every step from the current one on."""
-        config, state = self.config, self.state
+        config, state, wish = self.config, self.state, None
         with StopOnSignal() as stop:  # before the loader's workers start
             self._audit()
             batches = self._batches()
             interval = Interval()
             self.model.train()
-            while state.step < self.steps and not self._stopped(stop):
+            while state.step < self.steps:
+                if (wish := self._wish(stop)) is not None or self.failed:
+                    break
                 if state.step == self.stage.stop:
                     del batches  # with its workers
                     self._enter(stage_of(self.stages, state.step))
@@ -227,10 +226,10 @@ class Sitting:
                     self._save()
             if interval.steps:  # stopped by a signal
                 self._log(interval)
-            if state.step > self.saved:
+            if state.step > self.saved and not self.failed:
                 self._save()
-        interrupted, main = state.step < self.steps, self.accelerator.is_main_process
-        return TrainResult(self.run_dir, state.step, interrupted, state.train_seconds, main)
+            self._finish_saving()
+        return TrainResult(self.run_dir, state.step, wish, state.train_seconds, self.accelerator.is_main_process)
 
     def take(self, count: int) -> None:
         """Takes so many steps and does nothing else: no lines, no checkpoints. For measurements, on a run that is thrown away."""
@@ -271,8 +270,7 @@ class Sitting:
         muster = self.sums.muster(self.raw_model, [number for number, _ in mine], whole, parts)
         totals = self.gradient_step([MicroBatch(*one) for one in zip(seeds, parts, strict=True)], muster)
         with timed("clip"):
-            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), train.optimizer.clip_norm)
-            assert norm is not None  # DeepSpeed alone keeps it to itself
+            norm = clip_gradients(self.model, self.accelerator, train.optimizer.clip_norm)
         bins = [(number, batch) for (number, _), batch in zip(mine, whole, strict=True)]
         loss = self.sums.loss(totals, muster.counts, self.weights)
         self.update(self.stage, step, loss, norm, lambda: self.sums.fingerprint(bins))
@@ -303,6 +301,7 @@ class Sitting:
             "stage": self.stage.number,
             "segment": len(state.segments) - 1,
         }
+        self.line = line
         if self.metrics is not None:
             self.metrics.write(line)
             self.bar.log(line)
@@ -311,35 +310,35 @@ class Sitting:
     def _save(self) -> None:
         self.saved = self.state.step
         self.update.settle()
-        if self.accelerator.is_main_process:
-            parts = (self.raw_model, self.data.tokenizer, self.optimizer, self.state, self.update.ema)
-            path = save_checkpoint(self.run_dir, self.config, *parts)
-            self.bar.say(f"saved {path}")
-        self.accelerator.wait_for_everyone()
+        average = self.update.ema.average if self.update.ema else {}
+        self.saver.save(self.raw_model, self.data.tokenizer, self.optimizer, self.state, self.line, average)
 
-    def _stopped(self, stop: StopOnSignal) -> bool:
-        """Whether some rank was asked to stop: all must agree."""
-        return any(self.sums.gather(stop.wished))
+    def _finish_saving(self) -> None:
+        """Until everything is on the disk. What one rank could not write is an error on all of them."""
+        own = None
+        try:
+            self.saver.finish()
+        except CheckpointError as error:
+            own = str(error)
+        if errors := [error for error in self.sums.gather(own) if error is not None]:
+            raise CheckpointError(errors[0])
+
+    def _wish(self, stop: StopOnSignal) -> signal.Signals | None:
+        """The signal that some rank was stopped by; and `failed`, whether some rank could not save. All must agree."""
+        heard = self.sums.gather((stop.wished, self.saver.failed))
+        self.failed = any(failed for _, failed in heard)
+        return next((wish for wish, _ in heard if wish is not None), None)
 
     def _introduce(self, resumed: bool) -> None:
-        state, plan, steps = self.state, self.plan, self.steps
-        if resumed and state.step >= steps:
-            longer = "add a stage to `schedule`" if self.config.schedule else f"raise train.steps={steps}"
-            self.bar.say(f"{self.run_dir} is at step {state.step} already: {longer} to train on")
-        elif resumed:
-            self.bar.say(f"resuming {self.run_dir} at step {state.step} of {steps}")
-            if state.planned_steps != steps:
-                name = "the schedule's length" if self.config.schedule else "train.steps"
-                self.bar.say(f"{name} is {steps}, was {state.planned_steps}: the learning rate follows the new length")
-                state.planned_steps = steps
+        say_where_it_stands(self.config, self.run_dir, self.state, resumed, self.bar.say)
         dump_config(self.config, self.run_dir / "config.yaml")
-        manifest = write_manifest(self.run_dir, self.raw_model, plan, self.accelerator, self.attention)
+        manifest = write_manifest(self.run_dir, self.raw_model, self.plan, self.accelerator, self.attention)
         self.bar.say(
-            f"{self.run_dir}: {manifest['parameters']:,} parameters, {plan.num_samples:,} samples, "
-            f"{plan.samples_per_step:.3g} of them a step"
+            f"{self.run_dir}: {manifest['parameters']:,} parameters, {self.plan.num_samples:,} samples, "
+            f"{self.plan.samples_per_step:.3g} of them a step"
         )
         self.bar.say(self.attention.describe(self.config.train.deterministic))
-        for warning in explain_left_out(plan, self.data):
+        for warning in explain_left_out(self.plan, self.data):
             self.bar.say(warning)
 
     def close(self) -> None:

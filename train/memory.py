@@ -13,7 +13,7 @@ from mmctx.model import MmctxModel
 from mmctx.pack import PackedBatch
 from mmctx.parallel.shard import shard_batch
 from mmctx.train.build import build_model
-from mmctx.train.checkpoint import without_pretrained
+from mmctx.train.checkpoints.load import without_pretrained
 from mmctx.train.config import RunConfig
 from mmctx.train.optim.modules import freeze
 from mmctx.train.optim.optimizer import state_shapes

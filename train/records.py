@@ -23,6 +23,7 @@ from mmctx.errors import SkipBudgetError
 from mmctx.jsonl import read_lines
 from mmctx.model import MmctxModel, count_parameters
 from mmctx.pack import PackedBatch
+from mmctx.train.checkpoints.state import TrainerState
 from mmctx.train.config import RunConfig
 from mmctx.train.trackers import Trackers
 
@@ -156,6 +157,21 @@ def write_manifest(
     }
     (run_dir / "manifest.json").write_text(json.dumps(manifest, indent=2))
     return manifest
+
+
+def say_where_it_stands(
+    config: RunConfig, run_dir: Path, state: TrainerState, resumed: bool, say: Callable[[str], None]
+) -> None:
+    """Tells where a run goes on, and whether it became longer since; `state` then knows."""
+    if resumed and state.step >= config.steps:
+        longer = "add a stage to `schedule`" if config.schedule else f"raise train.steps={config.steps}"
+        say(f"{run_dir} is at step {state.step} already: {longer} to train on")
+    elif resumed:
+        say(f"resuming {run_dir} at step {state.step} of {config.steps}")
+        if state.planned_steps != config.steps:
+            name = "the schedule's length" if config.schedule else "train.steps"
+            say(f"{name} is {config.steps}, was {state.planned_steps}: the learning rate follows the new length")
+            state.planned_steps = config.steps
 
 
 def explain_left_out(plan: Plan, data: RunData) -> Iterator[str]:

@@ -27,6 +27,7 @@ SEGMENTS = "segments.json"
 NO_CHANGE_OF_PLAN = (
     "num_workers",
     "prefetch",
+    "worker_timeout",
     "cache_mb",
     "remote_cache_dir",
     "remote_cache_gb",

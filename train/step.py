@@ -26,6 +26,7 @@ from mmctx.model import MmctxModel, StepOutputs
 from mmctx.objectives import ComparingHalf, Roster
 from mmctx.pack import PackedBatch
 from mmctx.ranges import timed
+from mmctx.train.distribution import without_exchange
 from mmctx.train.sums import Muster
 
 Embedded = dict[str, Tensor]
@@ -120,7 +121,7 @@ class GradientStep:
 
     def _synchronised(self, last: bool) -> AbstractContextManager[Any]:
         """Ranks exchange gradients once, in the last micro-batch's backward pass."""
-        return nullcontext() if last else self.accelerator.no_sync(self.model)
+        return nullcontext() if last else without_exchange(self.model, self.accelerator)
 
     def _compare(self, embedded: Mapping[str, Embedded], roster: Roster) -> dict[str, Tensor]:
         halves = {name: half for name, half in self.raw.objectives.items() if isinstance(half, ComparingHalf)}

@@ -1,7 +1,7 @@
 """The `mmctx` command: parse, build, run, report. Nothing heavy is imported before a command runs.
 
 Answers go to stdout (with `--json` as one JSON object), progress and notes to stderr. Exit codes: 0 well, 1 the answer is no, 2 an error
-that the message explains, 130 interrupted after saving.
+that the message explains, 130 and 143 stopped by SIGINT and SIGTERM after saving.
 """
 
 from __future__ import annotations

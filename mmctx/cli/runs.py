@@ -13,6 +13,7 @@ from mmctx.cli.common import Config, Json, Overrides, print_answer, progress_bar
 def train(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
     """Train a run, from its newest checkpoint if it has one, and evaluate it on held-out data at the end."""
     from mmctx import api
+    from mmctx.train.stop import exit_code
 
     run_config = api.load_config(config, *(overrides or []))
     result = api.train(run_config)
@@ -21,12 +22,14 @@ def train(config: Config, overrides: Overrides = None, as_json: Json = False) ->
         "step": result.step,
         "train_seconds": round(result.train_seconds, 1),
     }
-    if result.interrupted:
+    if result.wish is not None:
         if result.is_main_process:
             print_answer(
-                answer | {"interrupted": True}, as_json, f"stopped at step {result.step}; run the same command to go on"
+                answer | {"interrupted": result.wish.name},
+                as_json,
+                f"stopped at step {result.step}; run the same command to go on",
             )
-        raise typer.Exit(130)
+        raise typer.Exit(exit_code(result.wish))
     if run_config.eval.sources and result.is_main_process:
         answer["report"] = str(result.run_dir / "report.html")
         with progress_bars() as show:

@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerFast
 from mmctx.api import build_dataset, build_model, evaluate
 from mmctx.config import build_config
 from mmctx.tokenizer import TextTokenizer
-from mmctx.train.checkpoint import TrainerState, save_checkpoint
+from mmctx.train.checkpoints.saver import save_checkpoint
+from mmctx.train.checkpoints.state import TrainerState
 from mmctx.train.config import RunConfig
 
 
@@ -38,7 +39,7 @@ def test_train_is_a_function_in_every_order_of_imports(code: str) -> None:
 {code}
 from mmctx import train
 from mmctx.train import loop
-import mmctx.train.checkpoint
+import mmctx.train.checkpoints.load
 assert mmctx.train is train is loop.train, mmctx.train
 """
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)

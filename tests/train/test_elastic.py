@@ -21,7 +21,7 @@ from mmctx.config import build_config
 from mmctx.datasets.assemble import build_data
 from mmctx.errors import CheckpointError, ConfigError
 from mmctx.jsonl import read_lines
-from mmctx.train.checkpoint import list_checkpoints
+from mmctx.train.checkpoints.layout import list_checkpoints
 from mmctx.train.config import RunConfig
 from mmctx.train.loop import train
 from mmctx.train.replay import recorded_fingerprint, replay
@@ -40,7 +40,7 @@ def elastic(tree: dict[str, Any]) -> dict[str, Any]:
     tree["data"]["sources"]["books"] |= {"weight": 0.3, "long_documents": "split"}
     tree["data"]["context_length"] = 40
     tree["data"]["sources"]["triples"]["long_documents"] = "truncate"
-    tree["train"] |= {"steps": STEPS, "log_every": 1, "save_every": 3, "keep_checkpoints": 100}
+    tree["train"] |= {"steps": STEPS, "log_every": 1, "save_every": 3, "keep": {"last": 100}}
     tree["eval"]["sources"] = {}
     return tree
 

@@ -1,25 +1,16 @@
-"""Files of a run over kills and restarts: lines and checkpoints, without a training loop."""
+"""Files of a run over kills and restarts: lines and ledgers, without a training loop."""
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from mmctx.config import build_config
 from mmctx.errors import SkipBudgetError
 from mmctx.jsonl import read_lines
 from mmctx.pack import Document, Skip, pack_documents
-from mmctx.tokenizer import TextTokenizer
-from mmctx.train.build import build_model
-from mmctx.train.checkpoint import TrainerState, list_checkpoints, save_checkpoint
-from mmctx.train.config import RunConfig
-from mmctx.train.optim import build_optimizer
 from mmctx.train.records import JsonLines, SkipLedger
 
 ODD_KEYS = ["line\u2028separator", "next\x85line", "half\udce9pair", "绿"]
@@ -68,31 +59,3 @@ def test_the_ledger_stops_a_run_beyond_its_budget(tmp_path: Path) -> None:
         ledger.check(3, 299)
     ledger.close()
     assert [line["planned"] for line in read_lines(tmp_path / "skips.jsonl")] == [False] * 3 + [True] * 9
-
-
-def test_a_saved_step_is_left_untouched_and_old_ones_lose_complete_first(
-    tree: dict[str, Any], tmp_path: Path, monkeypatch
-) -> None:
-    tree["train"]["keep_checkpoints"] = 1
-    config = build_config(RunConfig, tree, "tree")
-    tokenizer = TextTokenizer(config.data.tokenizer)
-    model = build_model(config, len(tokenizer))
-    optimizer = build_optimizer(model, config.train.optimizer)
-
-    def save(step: int) -> Path:
-        return save_checkpoint(tmp_path, config, model, tokenizer, optimizer, TrainerState(step=step))
-
-    first = save(1)
-    stamps = {path: path.stat().st_mtime_ns for path in first.rglob("*")}
-    assert save(1) == first
-    assert {path: path.stat().st_mtime_ns for path in first.rglob("*")} == stamps
-    assert json.loads((first / "trainer" / "trainer_state.json").read_text())["step"] == 1
-
-    def killed(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(shutil, "rmtree", killed)
-    with pytest.raises(KeyboardInterrupt):
-        save(2)
-    assert first.exists()
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2"]

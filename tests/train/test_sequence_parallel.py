@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ TOLERANCES = {"fp64": (1e-12, 1e-11), "fp32": (1e-6, 1e-5), "bf16": (2e-2, 1e-1)
 """Of losses and of gradients, relative to the largest element of the tensor, or to 0.01 if that is more."""
 
 
-def torchrun(ranks: int, *command: str) -> subprocess.Popen:
+def torchrun(ranks: int, *command: str, launch: Sequence[str] = ("--standalone",)) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *command],
+        [sys.executable, "-m", "torch.distributed.run", *launch, f"--nproc-per-node={ranks}", *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -86,7 +87,7 @@ def test_a_run_goes_on_under_any_mesh(tree: dict[str, Any], corpus: Path, tmp_pa
     tree["eval"]["sources"] = {}
     tree["train"] |= {
         "save_every": 1,
-        "keep_checkpoints": 10,
+        "keep": {"last": 10},
         "optimizer": {"eps": 1e-4, "clip_norm": 100.0},
         "schedule": {"kind": "constant", "warmup_steps": 0},
     }

@@ -18,7 +18,8 @@ from mmctx.datasets.shards.contents import REASONS
 from mmctx.errors import CheckpointError, ConfigError, DataError
 from mmctx.jsonl import read_lines
 from mmctx.rope import rope_frequencies
-from mmctx.train.checkpoint import list_checkpoints, load_model
+from mmctx.train.checkpoints.layout import list_checkpoints
+from mmctx.train.checkpoints.load import load_model
 from mmctx.train.config import RunConfig
 from mmctx.train.course import build_course, forecast_run
 from mmctx.train.loop import train
@@ -43,7 +44,7 @@ def staged(tree: dict[str, Any]) -> dict[str, Any]:
     tree["data"] |= {"block_size": 4, "blocks_in_flight": 3, "window_steps": 5}
     for source in tree["data"]["sources"].values():
         source["long_documents"] = "split"
-    tree["train"] |= {"save_every": 2, "keep_checkpoints": 1}
+    tree["train"] |= {"save_every": 2, "keep": {"last": 1}}
     del tree["train"]["steps"]
     tree["eval"]["sources"] = {}
     tree["schedule"] = json.loads(json.dumps(STAGES))
@@ -130,7 +131,7 @@ def test_killed_in_the_second_stage_and_resumed_is_the_same_run(staged: dict[str
     assert switches(whole) == switches(run_dir)
     assert [(line["step"], line["stage"]) for line in switches(whole)] == [(1, 0), (7, 1), (15, 2)]
     assert switches(whole)[2]["begins"]["rope"] == {"scaling": "yarn", "factor": 4.0, "original_context": 40}
-    # what each stage ended with is kept, beyond keep_checkpoints, and opens as it was trained
+    # what each stage ended with is kept, beyond keep.last, and opens as it was trained
     assert [path.name for path in list_checkpoints(run_dir)] == [f"checkpoint-{n}" for n in (6, 14, 16, 18)]
     windows = {}
     for step, context in ((6, 40), (14, 80), (18, 128)):

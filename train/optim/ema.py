@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mmctx.config import StrictModel
 from mmctx.errors import CheckpointError
@@ -67,12 +69,15 @@ class Ema:
             name = min(average.keys() ^ self.average.keys())
             raise ValueError(f"{name!r} is {'only' if name in average else 'not'} in the saved average")
         for name, tensor in self.average.items():
-            tensor.copy_(average[name])
+            whole = average[name].to(tensor.device)
+            if isinstance(tensor, DTensor):  # this rank's part of it
+                whole = distribute_tensor(whole, tensor.device_mesh, tensor.placements)
+            tensor.copy_(whole)
 
 
-def save_ema(ema: Ema, folder: Path) -> None:
-    """Writes the average beside the optimizer, in a checkpoint's folder `trainer`."""
-    save_file({name: t.contiguous().cpu() for name, t in ema.average.items()}, folder / EMA_FILE, {"format": "pt"})
+def save_ema(average: Mapping[str, Tensor], folder: Path) -> None:
+    """Writes the average, on the host, beside the optimizer, in a checkpoint's folder `trainer`."""
+    save_file(dict(average), folder / EMA_FILE, {"format": "pt"})
 
 
 def read_ema(folder: Path) -> dict[str, Tensor]:

@@ -31,9 +31,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, paths: Iterable[s
     Raises:
         ConfigError: this torch has no such optimizer.
     """
-    optimizer = _KINDS[type(config)](list(_groups(model, tuple(paths), config)), config)
-    optimizer.register_load_state_dict_pre_hook(_by_name)
-    return optimizer
+    return _KINDS[type(config)](list(_groups(model, tuple(paths), config)), config)
 
 
 def _groups(model: nn.Module, paths: tuple[str, ...], config: OptimizerConfig) -> Iterator[Group]:
@@ -76,23 +74,6 @@ def set_groups(optimizer: torch.optim.Optimizer, config: OptimizerConfig, module
         decay = config.weight_decay if settings.weight_decay is None else settings.weight_decay
         group["lr"] = lr * settings.lr_factor
         group["weight_decay"] = decay if group["decays"] else 0.0
-
-
-def _by_name(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-    """A saved state whose tensors are matched by name: groups may be others, as when a later stage names more modules."""
-    names = [name for group in saved["param_groups"] for name in group["param_names"]]
-    numbers = [number for group in saved["param_groups"] for number in group["params"]]
-    states = {name: saved["state"][n] for name, n in zip(names, numbers, strict=True) if n in saved["state"]}
-    own = optimizer.state_dict()
-    ours = {
-        name: number
-        for group in own["param_groups"]
-        for name, number in zip(group["param_names"], group["params"], strict=True)
-    }
-    if ours.keys() != set(names):
-        name = min(ours.keys() ^ set(names))
-        raise ValueError(f"the parameter {name!r} is {'not' if name in ours else 'only'} in the saved optimizer")
-    return {"state": {ours[name]: state for name, state in states.items()}, "param_groups": own["param_groups"]}
 
 
 def _adamw(groups: list[Group], config: AdamWConfig) -> torch.optim.Optimizer:

@@ -21,6 +21,7 @@ from mmctx.config import build_config
 from mmctx.errors import CheckpointError, ConfigError, GuardError
 from mmctx.jsonl import read_lines
 from mmctx.train.build import build_model
+from mmctx.train.checkpoints.manifest import seal
 from mmctx.train.config import RunConfig
 from mmctx.train.loop import train
 from mmctx.train.replay import replay
@@ -134,9 +135,11 @@ def test_averaged_weights_are_evaluated_where_asked(tree: dict[str, Any]) -> Non
     trained = api.evaluate(run_dir, suites=["loss"])
     averaged = api.evaluate(run_dir, suites=["loss"], overrides=["eval.weights=ema"])
     assert (trained["weights"], averaged["weights"]) == ("trained", "ema")
-    shutil.copy(run_dir / "latest" / "trainer" / "ema.safetensors", run_dir / "average")
-    weights = load_file(run_dir / "latest" / "model.safetensors") | load_file(run_dir / "average")
-    save_file(weights, run_dir / "latest" / "model.safetensors", {"format": "pt"})
+    checkpoint = (run_dir / "latest").resolve()
+    weights = tensors(checkpoint / "model.safetensors") | tensors(checkpoint / "trainer" / "ema.safetensors")
+    (checkpoint / "model.safetensors").unlink()
+    save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
+    seal(checkpoint)
     by_hand = api.evaluate(run_dir, suites=["loss"])
     losses = [{n: loss["held_out"] for n, loss in found["loss"].items()} for found in (trained, averaged, by_hand)]
     assert losses[1] == losses[2] != losses[0]

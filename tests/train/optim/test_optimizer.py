@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from mmctx.config import build_config
 from mmctx.errors import ConfigError
 from mmctx.model import MmctxModel
 from mmctx.train.build import build_model
+from mmctx.train.checkpoints.optimizer_state import named_state, restore_state
 from mmctx.train.config import RunConfig
 from mmctx.train.optim.config import AdafactorConfig, AdamWConfig, MuonConfig, OptimizerConfig
 from mmctx.train.optim.modules import ModuleConfig, freeze
@@ -93,12 +95,12 @@ def test_a_restart_under_other_groups_goes_on_bitwise(model: MmctxModel, config:
     whole, halved = copy.deepcopy(model), copy.deepcopy(model)
     optimizer = build_optimizer(whole, config, ["encoders.audio"])
     train(whole, optimizer, config, range(1), skip="trunk")
-    saved = copy.deepcopy(optimizer.state_dict())
+    saved = {name: tensor.clone() for name, tensor in named_state(whole, optimizer).items()}
     assert not any(name.startswith("trunk") for name in stateful(whole, optimizer))
     halved.load_state_dict(whole.state_dict())
     train(whole, optimizer, config, range(1, 3))
     again = build_optimizer(halved, config, ["trunk.blocks.0", "encoders.audio.projector"])
-    again.load_state_dict(saved)
+    restore_state(halved, again, saved, Path("here"))
     train(halved, again, config, range(1, 3))
     for name, tensor in weights(whole).items():
         assert torch.equal(tensor, weights(halved)[name]), name
@@ -118,12 +120,6 @@ def test_the_foretold_state_is_what_a_step_makes(model: MmctxModel, config: Opti
     optimizer.step()
     tensors = [tuple(v.shape) for state in optimizer.state.values() for k, v in state.items() if k != "step"]
     assert sorted(tensors) == sorted(state_shapes(twin, config))
-
-
-def test_an_optimizer_of_another_model_is_refused(model: MmctxModel) -> None:
-    saved = build_optimizer(nn.Sequential(nn.Linear(2, 2)), AdamWConfig()).state_dict()
-    with pytest.raises(ValueError, match=r"the parameter '.*' is only in the saved optimizer"):
-        build_optimizer(model, AdamWConfig()).load_state_dict(saved)
 
 
 @pytest.mark.parametrize("config", KINDS, ids=lambda config: config.kind)

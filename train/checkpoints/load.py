@@ -1,0 +1,79 @@
+"""What a checkpoint gives back: configuration, model, weights, the optimizer's state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from mmctx.config import build_config
+from mmctx.errors import CheckpointError
+from mmctx.model import MmctxModel, ModelConfig
+from mmctx.tokenizer import TextTokenizer
+from mmctx.train.checkpoints.files import read_json
+from mmctx.train.checkpoints.layout import resolve_checkpoint
+from mmctx.train.checkpoints.manifest import OPTIMIZER
+from mmctx.train.checkpoints.optimizer_state import read_tensors, restore_state
+from mmctx.train.checkpoints.sharded import is_sharded, read_for_ranks
+from mmctx.train.checkpoints.state import read_state
+from mmctx.train.config import RunConfig
+from mmctx.train.stages import trained_stage
+
+
+def load_run_config(checkpoint: Path) -> RunConfig:
+    """The configuration that a checkpoint was trained with."""
+    description = read_json(checkpoint / "config.json")
+    return build_config(RunConfig, description["run"], where=str(checkpoint / "config.json"))
+
+
+def load_model(checkpoint: Path) -> tuple[MmctxModel, TextTokenizer, RunConfig]:
+    """Model (in evaluation mode), tokenizer and configuration of a checkpoint or run folder, as in the stage that it was trained in.
+
+    Raises:
+        CheckpointError: a file is not as it was written, or there is no whole checkpoint.
+    """
+    return read_model(resolve_checkpoint(checkpoint))
+
+
+def read_model(checkpoint: Path) -> tuple[MmctxModel, TextTokenizer, RunConfig]:
+    """As `load_model`, for a checkpoint folder that has been verified."""
+    config = trained_stage(load_run_config(checkpoint), read_state(checkpoint).step).config
+    shape = without_pretrained(config.model)
+    model = MmctxModel(shape, config.objectives, read_json(checkpoint / "config.json")["vocab_size"])
+    load_weights(model, checkpoint)
+    return model.eval(), TextTokenizer(checkpoint), config
+
+
+def without_pretrained(config: ModelConfig) -> ModelConfig:
+    """The same shape with fresh encoder weights: a checkpoint brings its own, so nothing needs downloading."""
+    if config.image is None:
+        return config
+    return config.model_copy(update={"image": config.image.model_copy(update={"pretrained": False})})
+
+
+def load_weights(model: nn.Module, checkpoint: Path) -> None:
+    """Loads `model.safetensors`; every tensor must be there with its shape."""
+    path = checkpoint / "model.safetensors"
+    try:
+        weights = load_file(path)
+    except Exception as error:  # safetensors raises its own types for damaged files
+        raise CheckpointError(
+            f"{path}: cannot be read ({error}); delete {checkpoint} to fall back to the one before it"
+        ) from None
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: does not fit the configured model: {error}") from None
+
+
+def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
+    """Loads the optimizer's state, on any number of ranks and whatever number wrote it.
+
+    Raises:
+        CheckpointError: it belongs to another model.
+    """
+    folder = checkpoint / OPTIMIZER
+    tensors = read_for_ranks(model, folder) if is_sharded(model, folder) else read_tensors(folder)
+    restore_state(model, optimizer, tensors, folder)
