@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from mmctx.api import build_dataset, build_model, evaluate
 from mmctx.config import build_config
 from mmctx.tokenizer import TextTokenizer
+from mmctx.train.checkpoints.manifest import seal
 from mmctx.train.checkpoints.saver import save_checkpoint
 from mmctx.train.checkpoints.state import TrainerState
 from mmctx.train.config import RunConfig
@@ -110,6 +111,7 @@ def test_suites_of_one_step_join_in_one_report(run_dir: Path) -> None:
 
     state = run_dir / "checkpoint-3" / "trainer" / "trainer_state.json"
     state.write_text(json.dumps(json.loads(state.read_text()) | {"step": 4}))
+    seal(run_dir / "checkpoint-3")  # another checkpoint, whole, in the place of the first
     evaluate(run_dir, suites=["masked_lm"])
     assert "retrieval" not in report()
     assert report()["loss"] == {"captioning": {"first": 5.0, "last": 5.0}}
