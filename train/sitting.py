@@ -20,6 +20,7 @@ from mmctx.datasets.planning.order import derive_key
 from mmctx.datasets.planning.plan import Plan, share_out
 from mmctx.datasets.shards.quarantine import write_quarantine
 from mmctx.errors import CheckpointError
+from mmctx.eval.results import drop_later
 from mmctx.model import MmctxModel
 from mmctx.pack import PackedBatch
 from mmctx.parallel.mesh import Mesh
@@ -30,6 +31,7 @@ from mmctx.train.checkpoints.sharded import Shards
 from mmctx.train.checkpoints.state import TrainerState
 from mmctx.train.config import RunConfig
 from mmctx.train.distribution import clip_gradients, is_sharded
+from mmctx.train.evaluation import LoopEvaluation
 from mmctx.train.interval import Interval
 from mmctx.train.optim.modules import freeze
 from mmctx.train.optim.update import Update
@@ -88,8 +90,10 @@ class Sitting:
         self.gradient_step = GradientStep(accelerator, self.model, model, self.weights)
         self.update = Update(config, model, optimizer, self.state.guard, average, self._note_step)
         self.utilisation = Utilisation(config.train, accelerator)
+        self.evaluation = LoopEvaluation(config, run_dir, accelerator, self.sums)
         self._enter(stage_of(self.stages, self.state.step))
         if accelerator.is_main_process:
+            drop_later(run_dir, last_step)
             self._introduce(resumed=state is not None)
 
     def _enter(self, stage: Stage) -> None:
@@ -139,6 +143,7 @@ class Sitting:
                 self.bar.advance(state.step)
                 if self._is_due(state.step):
                     self._log(interval)
+                    self._evaluate()  # before the checkpoint: a run that is killed meanwhile comes back to it
                     interval = Interval()
                 if state.step % config.train.save_every == 0 or state.step == self.stage.stop:
                     self._save()
@@ -168,7 +173,9 @@ class Sitting:
     def _is_due(self, step: int) -> bool:
         """Whether a line is written after `step` steps: lines and checkpoints agree on where the run stands."""
         train = self.config.train
-        return step % train.log_every == 0 or step % train.save_every == 0 or step == self.stage.stop
+        if step % train.log_every == 0 or step % train.save_every == 0 or step == self.stage.stop:
+            return True
+        return self.evaluation.is_due(step)
 
     def _batches(self) -> Iterator[PackedBatch]:
         """This rank's batches from the current step to the end of the stage, until `_stop_reading`."""
@@ -232,11 +239,23 @@ class Sitting:
             self.bar.log(line)
         self.ledger.check(state.skipped, state.samples + state.skipped)
 
+    def _evaluate(self) -> None:
+        """On held-out data, where `eval.every` asks for it."""
+        if not self.evaluation.is_due(self.state.step):
+            return
+        line = self.evaluation(self.stage, self.raw_model, self._average(), self.state)
+        if self.metrics is not None:
+            self.metrics.write(line)
+            shown = ", ".join(f"{n.removeprefix('eval/')} {v:.4g}" for n, v in line.items() if n != "step")
+            self.bar.say(f"step {self.state.step} held out: {shown}")
+
+    def _average(self) -> dict[str, Tensor]:
+        return self.update.ema.average if self.update.ema else {}
+
     def _save(self) -> None:
         self.saved = self.state.step
         self.update.settle()
-        average = self.update.ema.average if self.update.ema else {}
-        self.saver.save(self.raw_model, self.data.tokenizer, self.optimizer, self.state, self.line, average)
+        self.saver.save(self.raw_model, self.data.tokenizer, self.optimizer, self.state, self.line, self._average())
 
     def _finish_saving(self) -> None:
         """Until everything is on the disk. What one rank could not write is an error on all of them."""

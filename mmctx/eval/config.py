@@ -16,7 +16,11 @@ class EvalConfig(StrictModel):
     sources: dict[str, SourceConfig] = Field(default_factory=dict)
     """Held-out sources, read in full, in order. None means no evaluation at the end of training."""
     suites: tuple[str, ...] = ("loss", "retrieval", "caption", "masked_lm")
-    """Suites of `mmctx.eval.SUITES`, in this order."""
+    """Suites of `mmctx.eval.SUITES` that run at the end of training and by `mmctx eval`, in this order."""
+    every: int | None = Field(default=None, ge=1)
+    """Steps between evaluations inside training; null evaluates at its end alone."""
+    loop_suites: tuple[str, ...] = ("loss",)
+    """Suites that run every `every` steps, shared out over all processes; their numbers are lines of metrics.jsonl."""
     max_new_tokens: int = Field(default=24, ge=1)
     """Longest caption or transcript."""
     weights: Literal["trained", "ema"] = "trained"
@@ -26,6 +30,10 @@ class EvalConfig(StrictModel):
 
     @model_validator(mode="after")
     def _check(self) -> EvalConfig:
+        if self.every is not None and not self.sources:
+            raise ValueError(
+                f"every={self.every} asks for evaluations inside training, but sources names no held-out shards"
+            )
         for name, source in self.sources.items():
             if source.augment is not None:
                 raise ValueError(

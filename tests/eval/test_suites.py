@@ -12,9 +12,9 @@ from tiny import png, triple, write_shard
 
 from mmctx.config import build_config
 from mmctx.datasets.assemble import RunData, build_data
-from mmctx.eval import SUITES, EvalContext, evaluate
-from mmctx.eval.caption import error_rates
-from mmctx.eval.retrieval import evaluate_retrieval, recall
+from mmctx.eval import SUITES, EvalContext, Suite, evaluate
+from mmctx.eval.suites.caption import error_rates
+from mmctx.eval.suites.retrieval import evaluate_retrieval, recall
 from mmctx.generate import generate
 from mmctx.model import MmctxModel
 from mmctx.pack import pack_documents
@@ -74,7 +74,7 @@ def test_pairs_that_no_sample_has_are_left_out(context: EvalContext, monkeypatch
     vectors = torch.eye(3)
     found = {"image": vectors, "text0": vectors, "text1": vectors}, {"image": [1, 2, 3], "text0": [4, 5, 6]}
     found[1]["text1"] = [6, 7, 4]
-    monkeypatch.setattr("mmctx.eval.retrieval.embed_views", lambda context, objective: found)
+    monkeypatch.setattr("mmctx.eval.suites.retrieval.embed_views", lambda context, objective: found)
     results = evaluate_retrieval(context)
     assert {direction: scores["n"] for direction, scores in results.items()} == {
         "text_to_text1": 2,
@@ -86,9 +86,9 @@ def test_pairs_that_no_sample_has_are_left_out(context: EvalContext, monkeypatch
 def test_suites_run_in_the_precision_of_the_run(
     context: EvalContext, monkeypatch: pytest.MonkeyPatch, bf16: bool
 ) -> None:
-    monkeypatch.setitem(SUITES, "probe", lambda context: {"bf16": torch.is_autocast_enabled("cpu")})
+    monkeypatch.setitem(SUITES, "peek", Suite(lambda context: {"bf16": torch.is_autocast_enabled("cpu")}))
     context = EvalContext(**{**vars(context), "bf16": bf16})
-    assert evaluate(context, ("probe",))["probe"]["bf16"] is bf16
+    assert evaluate(context, ("peek",))["peek"]["bf16"] is bf16
     assert not torch.is_autocast_enabled("cpu")
 
 

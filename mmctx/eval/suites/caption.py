@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mmctx.datasets.assemble import RunData
 from mmctx.datasets.fetch import PackedDataset
-from mmctx.datasets.planning.plan import Bin, plan_once
+from mmctx.datasets.planning.plan import Bin
 from mmctx.errors import MmctxError, SampleError
-from mmctx.eval.context import EvalContext
+from mmctx.eval.context import EvalContext, each
 from mmctx.generate import generate
 from mmctx.pack import IGNORE_INDEX, Document, pack_documents
 
@@ -83,21 +84,23 @@ def error_rates(references: list[str], predictions: list[str]) -> dict[str, floa
 def generate_captions(context: EvalContext) -> Iterator[Caption]:
     """A text for every held-out picture and clip that has one to compare with."""
     for objective in context.names("captioning")[:1]:
-        data = context.data.only(objective)
-        bins = plan_once(list(data.tables.values()), data.config.bin_tokens)
-        for done, bin in enumerate(bins):
-            context.report("caption", done, len(bins))
-            prompts = list(_prompts(data.dataset, bin))
-            if not prompts:
-                continue
-            batch = pack_documents([p.document for p in prompts], data.tokenizer.placeholder_ids).to(context.device)
-            texts = generate(context.model, batch, data.tokenizer.eos_id, context.config.max_new_tokens)
-            for ids, prompt in zip(texts, prompts, strict=True):
-                kind, key = prompt.document.media[0][1].kind, prompt.document.key
-                yield Caption(
-                    kind, key, data.tokenizer.decode(prompt.answer), data.tokenizer.decode(ids), prompt.location
-                )
-        context.report("caption", len(bins), len(bins))
+        data, bins = context.bins(objective)
+        yield from each(context.map("caption", bins, lambda bin, data=data: _captions(context, data, bin)))
+
+
+def _captions(context: EvalContext, data: RunData, bin: Bin) -> list[Caption]:
+    prompts = list(_prompts(data.dataset, bin))
+    if not prompts:
+        return []
+    batch = pack_documents([p.document for p in prompts], data.tokenizer.placeholder_ids).to(context.device)
+    texts = generate(context.model, batch, data.tokenizer.eos_id, context.config.max_new_tokens)
+    found = []
+    for ids, prompt in zip(texts, prompts, strict=True):
+        kind, key = prompt.document.media[0][1].kind, prompt.document.key
+        found.append(
+            Caption(kind, key, data.tokenizer.decode(prompt.answer), data.tokenizer.decode(ids), prompt.location)
+        )
+    return found
 
 
 class _Prompt(NamedTuple):

@@ -10,23 +10,34 @@ from torch import Tensor
 
 from mmctx.eval.context import EvalContext
 from mmctx.objectives.contrastive import matching_rows
+from mmctx.pack import PackedBatch
 
 RANKS = (1, 5, 10)
 
 
-@torch.no_grad()
-def embed_views(context: EvalContext, objective: str) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+def embed_views(
+    context: EvalContext, objective: str, suite: str = "retrieval"
+) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
     """Unit embeddings (P, E) of every held-out view, and the sample each belongs to."""
-    head = context.model.objectives[objective]
-    found: dict[str, list[Tensor]] = {}
-    samples: dict[str, list[int]] = {}
-    for batch in context.batches("retrieval", objective):
+    head: Any = context.model.objectives[objective]
+
+    def embed(batch: PackedBatch) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
         hidden = context.model.encode(batch)
-        for name, positions in batch.pooled.items():
-            view = name.removeprefix(f"{objective}/")
-            found.setdefault(view, []).append(head.embed(hidden, positions, batch.pool_sizes[name]).cpu())  # type: ignore[operator]
-            samples.setdefault(view, []).extend(batch.pairs[name])
-    return {view: torch.cat(parts) for view, parts in found.items()}, samples
+        return {
+            name.removeprefix(f"{objective}/"): (
+                head.embed(hidden, positions, batch.pool_sizes[name]).float().cpu(),
+                batch.pairs[name],
+            )
+            for name, positions in batch.pooled.items()
+        }
+
+    vectors: dict[str, list[Tensor]] = {}
+    samples: dict[str, list[int]] = {}
+    for found in context.map_batches(suite, embed, objective):
+        for view, (embedded, pairs) in found.items():
+            vectors.setdefault(view, []).append(embedded)
+            samples.setdefault(view, []).extend(pairs)
+    return {view: torch.cat(parts) for view, parts in vectors.items()}, samples
 
 
 def recall(scores: Tensor) -> dict[str, float]:
