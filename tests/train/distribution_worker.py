@@ -46,6 +46,7 @@ CASES = {
     ),
     "fsdp2, kept": Case(5, {"distribution": {"kind": "fsdp2", "reshard_after_forward": False}}),
     "fsdp2, sequence parallel": Case(5, {"distribution": {"kind": "fsdp2"}}, 2),
+    "fsdp2, muon": Case(5, {"distribution": {"kind": "fsdp2"}, "optimizer": {"kind": "muon"}}),
     "fsdp2, bf16": Case(5, {"distribution": {"kind": "fsdp2"}, "precision": "bf16"}),
 }
 
