@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from two_ranks import evaluate_on_two_ranks
+from two_ranks import on_two_ranks
 
 from mmctx.config import build_config
 from mmctx.datasets.assemble import build_data
@@ -48,4 +48,5 @@ def test_the_example_is_a_suite(tree: dict[str, Any], tmp_path: Path, monkeypatc
         context = EvalContext(model, data, config.objectives, config.eval, torch.device("cpu"))
         found = evaluate(context, ["first-token"])
         assert found["first_token"] == {"accuracy": float(knows), "n": 32}  # a picture and a clip of 16 samples each
-        assert evaluate_on_two_ranks(context, ["first-token"]) == [found, found]
+        two = on_two_ranks(context, lambda one: evaluate(one, ["first-token"]))
+        assert list(two) == [found, found]
