@@ -10,6 +10,17 @@ from mmctx.config import StrictModel
 from mmctx.datasets.config import SourceConfig
 
 
+class LossByPositionConfig(StrictModel):
+    """Suite `loss_by_position`."""
+
+    documents: int = Field(default=64, ge=1)
+    """The longest held-out documents, so many, are read with less of their context and with it shuffled."""
+    targets: int = Field(default=64, ge=1)
+    """What is scored there: so many predictions at the end of each."""
+    kept: tuple[int, ...] = (16, 64, 256, 1024, 4096, 16384)
+    """Tokens in front of them that stay as they are; documents that have no more are left out of that point."""
+
+
 class EvalConfig(StrictModel):
     """Held-out evaluation."""
 
@@ -23,6 +34,8 @@ class EvalConfig(StrictModel):
     """Suites that run every `every` steps, shared out over all processes; their numbers are lines of metrics.jsonl."""
     max_new_tokens: int = Field(default=24, ge=1)
     """Longest caption or transcript."""
+    loss_by_position: LossByPositionConfig = LossByPositionConfig()
+    """What the suite of this name reads."""
     weights: Literal["trained", "ema"] = "trained"
     """Which weights of a checkpoint: as trained last, or their moving average (`train.ema`)."""
     num_examples: int = Field(default=12, ge=0)

@@ -78,7 +78,7 @@ def test_what_does_not_go_together_is_refused(tree: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="run `mmctx audit CONFIG` instead"):
         build_config(RunConfig, tree, "tree")
     tree["train"] |= {"audit": False, "optimizer": {"kind": "adafactor"}}
-    with pytest.raises(ConfigError, match="adafactor .* fsdp2 splits; use adamw or muon"):
+    with pytest.raises(ConfigError, match=r"adafactor .* fsdp2 splits; use adamw or muon"):
         build_config(RunConfig, tree, "tree")
     tree["train"]["optimizer"] = {"kind": "muon"}
     build_config(RunConfig, tree, "tree")

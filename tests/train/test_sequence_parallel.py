@@ -24,8 +24,8 @@ from mmctx.train.config import RunConfig
 from mmctx.train.loop import train
 
 TOLERANCES = {"fp64": (1e-12, 1e-11), "fp32": (1e-6, 1e-4), "bf16": (2e-2, 1e-1)}
-"""Of losses and of gradients, relative to the largest element of the tensor, or to 0.01 if that is more. In fp32 the gradient of similarity's scale is a sum
-whose terms cancel: it depends on the machine's order of adding up."""
+"""Of losses and of gradients, relative to the largest element of the tensor, or to 0.01 if that is more. In fp32 the gradient of
+similarity's scale is a sum whose terms cancel: it depends on the machine's order of adding up."""
 
 
 def torchrun(ranks: int, *command: str, launch: Sequence[str] = ("--standalone",)) -> subprocess.Popen:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from mmctx.eval.context import EvalContext
 from mmctx.eval.suites.caption import evaluate_caption
 from mmctx.eval.suites.loss import evaluate_loss
+from mmctx.eval.suites.loss_by_position import evaluate_loss_by_position, position_headline
 from mmctx.eval.suites.masked_lm import evaluate_masked_lm
 from mmctx.eval.suites.next_sentence import evaluate_next_sentence
 from mmctx.eval.suites.recall import evaluate_recall, recall_headline
@@ -40,6 +41,7 @@ class Suite(NamedTuple):
 
 SUITES: dict[str, Suite] = {
     "loss": Suite(evaluate_loss),
+    "loss_by_position": Suite(evaluate_loss_by_position, position_headline),
     "retrieval": Suite(evaluate_retrieval),
     "caption": Suite(evaluate_caption),
     "masked_lm": Suite(evaluate_masked_lm),
