@@ -98,7 +98,7 @@ def two_nodes(ranks: int, *command: str) -> Sequence[Popen]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_what_two_processes_saved_in_parts_one_and_four_go_on_from(frugal_tree: dict[str, Any], tmp_path: Path) -> None:
     """Four steps of FSDP2 on two processes; from the second again on one, on four, and on two that hold everything. Losses are those of
     one process.

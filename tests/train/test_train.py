@@ -289,7 +289,7 @@ def test_a_signal_to_one_rank_stops_them_all(tree: dict[str, Any], tmp_path: Pat
         pid for pid in children if b"RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes().split(b"LOCAL_")[0]
     ]
     os.kill(int(second), signal.SIGTERM)
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=300)
     assert process.returncode != 0
     (checkpoint,) = list_checkpoints(run_dir)
     step = int(checkpoint.name.removeprefix("checkpoint-"))
