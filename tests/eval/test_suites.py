@@ -13,7 +13,6 @@ from tiny import png, triple, write_shard
 from mmctx.config import build_config
 from mmctx.datasets.assemble import RunData, build_data
 from mmctx.eval import SUITES, EvalContext, Suite, evaluate
-from mmctx.eval.suites.caption import error_rates
 from mmctx.generate import generate
 from mmctx.model import MmctxModel
 from mmctx.pack import pack_documents
@@ -27,11 +26,6 @@ def context(tree: dict[str, Any]) -> EvalContext:
     data = build_data(config.data, config.eval.sources, config.model, config.objectives, seed=0)
     model = build_model(config, len(data.tokenizer))
     return EvalContext(model, data, config.objectives, config.eval, torch.device("cpu"))
-
-
-def test_error_rates_are_jiwers() -> None:
-    rates = error_rates(["A red  cat", "a dog"], ["a red cat", "the dog"])
-    assert rates == {"cer": pytest.approx(3 / 14), "wer": pytest.approx(1 / 5), "exact": 0.5, "n": 2}
 
 
 @pytest.mark.slow
