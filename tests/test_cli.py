@@ -75,7 +75,8 @@ def test_train_then_eval(config: Path, tmp_path: Path) -> None:
     assert "is at step 3 already" in again.stderr
     results = json.loads(run("eval", run_dir / "latest", "--suite", "retrieval", "--json").stdout)
     for direction, scores in report["retrieval"].items():
-        assert results["retrieval"][direction] == pytest.approx(scores, rel=1e-5)
+        for name in ("R@1", "R@5", "R@10", "MRR", "n"):
+            assert results["retrieval"][direction][name] == pytest.approx(scores[name], rel=1e-5)
     assert results["caption"] == report["caption"]  # of the same step: kept
 
 

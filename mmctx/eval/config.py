@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from mmctx.config import StrictModel
 from mmctx.datasets.config import SourceConfig
+from mmctx.eval.quality_config import CaptionEvalConfig
 
 
 class LossByPositionConfig(StrictModel):
@@ -40,6 +41,8 @@ class EvalConfig(StrictModel):
     """Which weights of a checkpoint: as trained last, or their moving average (`train.ema`)."""
     num_examples: int = Field(default=12, ge=0)
     """Pictures and clips shown in the report."""
+    caption: CaptionEvalConfig = CaptionEvalConfig()
+    """Suite `caption`."""
 
     @model_validator(mode="after")
     def _check(self) -> EvalConfig:

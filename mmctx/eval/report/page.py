@@ -123,13 +123,15 @@ def _render(**values: Any) -> str:
     return environment.get_template("report.html.jinja").render(**values)
 
 
-def _retrieval_table(results: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
+def _retrieval_table(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One row a direction; each metric with what a random ranking of n candidates would reach."""
     rows = []
     for direction, scores in results.items():
         n = int(scores["n"])
+        chance = scores.get("chance", {})
         cells = [
-            {"name": name, "value": value, "chance": _chance(name, n)} for name, value in scores.items() if name != "n"
+            {"name": name, "value": scores[name], "chance": chance.get(name, _chance(name, n))}
+            for name in ("R@1", "R@5", "R@10", "MRR")
         ]
         rows.append({"direction": direction.replace("_to_", " → "), "n": n, "cells": cells})
     return rows

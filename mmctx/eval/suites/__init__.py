@@ -13,7 +13,7 @@ from mmctx.eval.suites.loss_by_position import evaluate_loss_by_position, positi
 from mmctx.eval.suites.masked_lm import evaluate_masked_lm
 from mmctx.eval.suites.next_sentence import evaluate_next_sentence
 from mmctx.eval.suites.recall import evaluate_recall, recall_headline
-from mmctx.eval.suites.retrieval import evaluate_retrieval
+from mmctx.eval.suites.retrieval import evaluate_retrieval, retrieval_headline
 
 
 def shallow_numbers(results: Mapping[str, Any], depth: int = 2) -> dict[str, float]:
@@ -42,7 +42,7 @@ class Suite(NamedTuple):
 SUITES: dict[str, Suite] = {
     "loss": Suite(evaluate_loss),
     "loss_by_position": Suite(evaluate_loss_by_position, position_headline),
-    "retrieval": Suite(evaluate_retrieval),
+    "retrieval": Suite(evaluate_retrieval, retrieval_headline),
     "caption": Suite(evaluate_caption),
     "masked_lm": Suite(evaluate_masked_lm),
     "next_sentence": Suite(evaluate_next_sentence),
