@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from mmctx.config import StrictModel
 from mmctx.datasets.config import SourceConfig
+from mmctx.eval.haystack.config import NeedleConfig, PasskeyConfig, WorldConfig
 
 
 class EvalConfig(StrictModel):
@@ -27,6 +28,12 @@ class EvalConfig(StrictModel):
     """Which weights of a checkpoint: as trained last, or their moving average (`train.ema`)."""
     num_examples: int = Field(default=12, ge=0)
     """Pictures and clips shown in the report."""
+    needle: NeedleConfig = NeedleConfig()
+    """Suite `needle`: needles of text, pictures and sound in a haystack."""
+    passkey: PasskeyConfig = PasskeyConfig()
+    """Suite `passkey`: a hidden number."""
+    world: WorldConfig = WorldConfig()
+    """Suite `world`: stories of people, places and objects, spread over a haystack."""
 
     @model_validator(mode="after")
     def _check(self) -> EvalConfig:
