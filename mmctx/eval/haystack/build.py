@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -13,6 +13,16 @@ from mmctx.pack import IGNORE_INDEX, Document, MediaItem
 
 Control = Literal["removed", "alone"]
 Pieces = list[np.ndarray | MediaItem]
+
+
+class Prompt(NamedTuple):
+    """A document up to where its answer begins.
+
+    `starts` holds the first token of each needle that stands in it, in the order of the probe's needles.
+    """
+
+    document: Document
+    starts: tuple[int, ...]
 
 
 def least_tokens(probe: Probe, speller: Speller) -> int:
@@ -30,7 +40,7 @@ def build_prompt(
     speller: Speller,
     rng: np.random.Generator,
     control: Control | None = None,
-) -> Document:
+) -> Prompt:
     """The document up to where its answer begins: together with its right answer it has exactly `length` tokens, of text, pictures and
     sound.
 
@@ -47,33 +57,37 @@ def build_prompt(
         ValueError: `length` is less than `least_tokens`.
     """
     room = length - _question_tokens(probe, speller)
+    starts: tuple[int, ...] = ()
     if probe.words is not None:
         body = _word_body(probe, room, speller, rng, control)
-    elif control == "alone":
-        body = [part for needle in probe.needles if needle.asked for part in speller.encoded(needle.parts)]
     else:
-        needles = [] if control == "removed" else list(probe.needles)
-        filler = room - sum(speller.count(needle.parts) for needle in needles)
+        needles = [] if control == "removed" else [n for n in probe.needles if n.asked or control is None]
+        filler = 0 if control == "alone" else room - sum(speller.count(needle.parts) for needle in needles)
         if filler < 0:
             raise ValueError(f"{probe.kind} needs {length - filler} tokens, but the document is to have {length}")
-        body = _hide(needles, stretch(haystack.units(rng, probe.avoid), filler, speller), speller)
+        body, starts = _hide(needles, stretch(haystack.units(rng, probe.avoid), filler, speller), speller)
     parts = [*body, *speller.encoded(probe.question)]
     input_ids, media = lay_out(parts, speller.tokenizer.placeholder_ids)
     labels = np.full_like(input_ids, IGNORE_INDEX)
-    return Document("captioning", input_ids, labels, causal=True, media=media, key=f"{probe.kind} of {length} tokens")
+    key = f"{probe.kind} of {length} tokens"
+    return Prompt(Document("captioning", input_ids, labels, causal=True, media=media, key=key), starts)
 
 
-def _hide(needles: list[Needle], units: Pieces, speller: Speller) -> Pieces:
-    """Each needle at its depth, moved back to where a unit ends."""
+def _hide(needles: list[Needle], units: Pieces, speller: Speller) -> tuple[Pieces, tuple[int, ...]]:
+    """Each needle at its depth, moved back to where a unit ends; and where each then starts."""
     ends = np.cumsum([0, *(size(unit) for unit in units)])
     places = [int(np.searchsorted(ends, needle.depth * ends[-1] + 1e-6, side="right")) - 1 for needle in needles]
+    starts = [0] * len(needles)
     body: Pieces = []
+    held = 0
     for place in range(len(units) + 1):
-        for needle, at in zip(needles, places, strict=True):
-            if at == place:
-                body += speller.encoded(needle.parts)
+        for number in [n for n, at in enumerate(places) if at == place]:
+            starts[number] = held
+            body += speller.encoded(needles[number].parts)
+            held += speller.count(needles[number].parts)
         body += units[place : place + 1]
-    return body
+        held += sum(map(size, units[place : place + 1]))
+    return body, tuple(starts)
 
 
 def _word_body(probe: Probe, room: int, speller: Speller, rng: np.random.Generator, control: Control | None) -> Pieces:

@@ -11,7 +11,7 @@ import numpy as np
 from mmctx.datasets.planning.order import derive_key
 from mmctx.eval.answers import Reply, answer
 from mmctx.eval.context import EvalContext, each
-from mmctx.eval.haystack.build import Control, build_prompt, least_tokens
+from mmctx.eval.haystack.build import Control, Prompt, build_prompt, least_tokens
 from mmctx.eval.haystack.config import GridConfig
 from mmctx.eval.haystack.probe import Lacking, Maker, Probe, Speller
 from mmctx.eval.haystack.sources import Haystack
@@ -132,6 +132,12 @@ def plan_kind(
     return asks, left_out
 
 
+def build_asked(config: GridConfig, ask: Ask, haystack: Haystack, speller: Speller) -> Prompt:
+    """Its document: the same one wherever and whenever it is built."""
+    rng = np.random.default_rng(derive_key(config.seed, "haystack", ask.kind, ask.length, ask.number))
+    return build_prompt(ask.probe, ask.length, haystack, speller, rng, ask.control)
+
+
 def _groups(asks: Sequence[Ask], tokens: int) -> Iterator[list[Ask]]:
     """Questions of one kind and length, as many as fit into a batch of `tokens`, but one at least."""
     group: list[Ask] = []
@@ -155,10 +161,7 @@ def _ask(
     haystack: Haystack,
     speller: Speller,
 ) -> list[_Found]:
-    prompts = []
-    for ask in group:
-        rng = np.random.default_rng(derive_key(config.seed, "haystack", ask.kind, ask.length, ask.number))
-        prompts.append(build_prompt(ask.probe, ask.length, haystack, speller, rng, ask.control))
+    prompts = [build_asked(config, ask, haystack, speller).document for ask in group]
     grader = kinds[group[0].kind].grader if config.generate else None
     replies = answer(context, [ask.probe for ask in group], prompts, speller, grader)
     return [

@@ -39,7 +39,7 @@ class WordList(NamedTuple):
     def drawn(self, room: int, cost: Callable[[str], int], rng: np.random.Generator) -> list[str]:
         """As many words in random order as take up at most `room` tokens, `cost` being those of each word."""
         mean = sum(share * cost(word) for word, share in self.shares.items())
-        number = max(int(room / mean), self.least_words())
+        number = max(int(room / mean), self.least_words() if self.asked else 0)
         while not self._is_clear(counts := self._counts(number)):
             number -= 1
         room -= sum(count * cost(word) for word, count in counts.items())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 
 ADJECTIVES = tuple(
@@ -23,8 +21,8 @@ _SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
 
 def keys(rng: np.random.Generator, count: int) -> list[str]:
     """Different keys such as `quiet-harbor`, as RULER's."""
-    every = [f"{adjective}-{noun}" for adjective, noun in itertools.product(ADJECTIVES, NOUNS)]
-    return [every[n] for n in rng.choice(len(every), count, replace=False)]
+    chosen = rng.choice(len(ADJECTIVES) * len(NOUNS), count, replace=False).tolist()
+    return [f"{ADJECTIVES[n // len(NOUNS)]}-{NOUNS[n % len(NOUNS)]}" for n in chosen]
 
 
 def numbers(rng: np.random.Generator, count: int, digits: int) -> list[str]:
