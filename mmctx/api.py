@@ -120,7 +120,8 @@ def recall_curve(
         progress: called with (suite, done, total).
 
     Returns:
-        `{"step", "label", "lengths": {length: score}}` of each checkpoint, in order; see `mmctx.eval.suites.recall.score`.
+        `{"step", "label", "lengths": {length: score}, "heat": {kind: {length: {depths: score}}}}` of each checkpoint, in order; see
+        `mmctx.eval.suites.recall.score`.
     """
     curve = []
     for folder in list_checkpoints(Path(run_dir)):
@@ -130,13 +131,14 @@ def recall_curve(
             continue  # saved on the way
         verify(folder, optimizer=False)
         context, config = _context(folder, overrides, progress)
-        found = evaluation.evaluate(context, ["recall"])["recall"].get("lengths", {})
-        scores = {length: by_kind["all"] for length, by_kind in found.items()}
+        found = evaluation.evaluate(context, ["recall"])["recall"]
+        scores = {length: by_kind["all"] for length, by_kind in found.get("lengths", {}).items()}
         curve.append(
             {
                 "step": step,
                 "label": f"after stage {stage.number + 1}: {config.data.context_length:,} tokens",
                 "lengths": scores,
+                "heat": found.get("heat", {}),
             }
         )
     return curve

@@ -8,18 +8,9 @@ from pydantic import Field, model_validator
 
 from mmctx.config import StrictModel
 from mmctx.datasets.config import SourceConfig
+from mmctx.eval.haystack.config import NeedleConfig, PasskeyConfig, WorldConfig
+from mmctx.eval.position_config import LossByPositionConfig
 from mmctx.eval.quality_config import CaptionEvalConfig
-
-
-class LossByPositionConfig(StrictModel):
-    """Suite `loss_by_position`."""
-
-    documents: int = Field(default=64, ge=1)
-    """The longest held-out documents, so many, are read with less of their context and with it shuffled."""
-    targets: int = Field(default=64, ge=1)
-    """What is scored there: so many predictions at the end of each."""
-    kept: tuple[int, ...] = (16, 64, 256, 1024, 4096, 16384)
-    """Tokens in front of them that stay as they are; documents that have no more are left out of that point."""
 
 
 class EvalConfig(StrictModel):
@@ -43,6 +34,12 @@ class EvalConfig(StrictModel):
     """Pictures and clips shown in the report."""
     caption: CaptionEvalConfig = CaptionEvalConfig()
     """Suite `caption`."""
+    needle: NeedleConfig = NeedleConfig()
+    """Suite `needle`: needles of text, pictures and sound in a haystack."""
+    passkey: PasskeyConfig = PasskeyConfig()
+    """Suite `passkey`: a hidden number."""
+    world: WorldConfig = WorldConfig()
+    """Suite `world`: stories of people, places and objects, spread over a haystack."""
 
     @model_validator(mode="after")
     def _check(self) -> EvalConfig:
