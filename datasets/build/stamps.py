@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ def build_stamps(
     image_size: int = 256,
     options: BuildOptions | None = None,
 ) -> dict[str, Any]:
-    """Shards of stamps; see `build_shards` for what is written. Stamps with one English caption are held out together.
+    """Shards of stamps; see `build_shards` for what is written. Stamps that share a caption in any language are held out together.
 
     Args:
         folder: of the stamps.
@@ -78,12 +79,20 @@ def build_stamps(
     if view not in ("spoken", "captioned", "sounding"):
         raise ConfigError(f"view should be spoken, captioned or sounding, found {view!r}")
     wanted = set(languages) or known
-    items = mix(item for stamp in stamps for item in _items(stamp, view, wanted, left_out))
+    groups = caption_groups(stamps)
+    items = mix(item for stamp in stamps for item in _items(stamp, view, wanted, groups[stamp.name], left_out))
     files = [Path(p) for s in stamps for p in (s.picture, *s.spoken.values(), s.sound) if p]
     source = Source(
         kind="stamps",
         origin=f"{folder} as {view}",
-        recipe=[stamp_files(sorted(files)), sorted(wanted), image_size, _drawn_by(), [s.captions for s in stamps]],
+        recipe=[
+            stamp_files(sorted(files)),
+            sorted(wanted),
+            image_size,
+            _drawn_by(),
+            [s.captions for s in stamps],
+            groups,
+        ],
         items=listed(items),
         render=functools.partial(_render, image_size=image_size),
         total=len(items),
@@ -137,8 +146,29 @@ def _spoken(stem: Path) -> dict[str, str]:
     return found
 
 
-def _items(stamp: Stamp, view: View, wanted: set[str], left_out: list[LeftOut]) -> list[Item]:
-    group = stamp.captions["en"].lower()
+def caption_groups(stamps: Sequence[Stamp]) -> dict[str, str]:
+    """A group for each stamp, by name: stamps that share a caption in some language, directly or over others, have the same one.
+
+    Two stamps may be told apart in English and not in French: held out one by one, one's caption would be in training. Case and
+    punctuation do not count.
+    """
+    leader = {stamp.name: stamp.name for stamp in stamps}
+
+    def find(name: str) -> str:
+        while leader[name] != name:
+            name = leader[name]
+        return name
+
+    first: dict[tuple[str, str], str] = {}
+    for stamp in stamps:
+        for language, caption in stamp.captions.items():
+            same = first.setdefault((language, re.sub(r"\W+", " ", caption.lower()).strip()), stamp.name)
+            one, other = sorted((find(stamp.name), find(same)))
+            leader[other] = one
+    return {name: find(name) for name in leader}
+
+
+def _items(stamp: Stamp, view: View, wanted: set[str], group: str, left_out: list[LeftOut]) -> list[Item]:
     if view == "captioned":
         return [Item(safe_key(stamp.name), (stamp, "en", None), group)] if "en" in wanted else []
     if view == "sounding":

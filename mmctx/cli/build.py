@@ -245,6 +245,9 @@ def recall(
 def fsdd(
     out: Out,
     source: Annotated[Path, typer.Argument(help="fsdd.tar.gz, or the folder it unpacks to.")],
+    dev: Annotated[
+        int, typer.Option(help="Training recordings of each speaker and digit that go to dev/, to choose settings on.")
+    ] = 0,
     per_shard: PerShard = 1000,
     shard_mb: ShardMb = 256,
     workers: Workers = None,
@@ -253,4 +256,4 @@ def fsdd(
     """The Free Spoken Digit Dataset, in its own split."""
     from mmctx.datasets.build.fsdd import build_fsdd
 
-    run(build_fsdd, as_json, (0.0, per_shard, shard_mb, workers), out=out, archive=source)
+    run(build_fsdd, as_json, (0.0, per_shard, shard_mb, workers), out=out, archive=source, num_dev=dev)
