@@ -16,6 +16,7 @@ from mmctx.eval.masked_lm import evaluate_masked_lm
 from mmctx.eval.next_sentence import evaluate_next_sentence
 from mmctx.eval.recall import evaluate_recall
 from mmctx.eval.retrieval import evaluate_retrieval
+from mmctx.eval.swapped_media import evaluate_swapped_media
 from mmctx.eval.zero_shot import evaluate_zero_shot
 
 SUITES: dict[str, Callable[[EvalContext], dict[str, Any]]] = {
@@ -26,6 +27,7 @@ SUITES: dict[str, Callable[[EvalContext], dict[str, Any]]] = {
     "next_sentence": evaluate_next_sentence,
     "recall": evaluate_recall,
     "zero_shot": evaluate_zero_shot,
+    "swapped_media": evaluate_swapped_media,
 }
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mmctx.eval.context import EvalContext
 from mmctx.objectives.contrastive import matching_rows
+from mmctx.sample import source_numbers
 
 RANKS = (1, 5, 10)
 
@@ -43,11 +44,14 @@ def evaluate_retrieval(context: EvalContext) -> dict[str, Any]:
     """`{"image_to_text": {"R@1", "R@5", "R@10", "MRR", "n"}, ...}` in both directions of every configured pair of views.
 
     Only a sample's own partner counts: where two samples share one picture under different names, the numbers are a
-    lower bound. The first text is called `text`, others `text1`, `text2`; a second similarity objective prefixes its name.
+    lower bound. The first text is called `text`, others `text1`, `text2`; a second similarity objective prefixes its name. Several
+    held-out sources are searched together, and each by itself: `image_to_text in SOURCE`.
     """
     results: dict[str, Any] = {}
+    by_source: dict[str, Any] = {}
     for objective in (names := context.names("similarity")):
         embeddings, samples = embed_views(context, objective)
+        data = context.data.only(objective).dataset
         prefix = "" if objective == names[0] else f"{objective}/"
         for a, b in context.objectives[objective].pairs:  # type: ignore[union-attr]
             if a not in embeddings or b not in embeddings:
@@ -56,9 +60,18 @@ def evaluate_retrieval(context: EvalContext) -> dict[str, Any]:
             if not len(rows_a):
                 continue
             scores = embeddings[a][rows_a] @ embeddings[b][rows_b].T
-            results[f"{prefix}{_label(a)}_to_{_label(b)}"] = recall(scores)
-            results[f"{prefix}{_label(b)}_to_{_label(a)}"] = recall(scores.T)
-    return results
+            results |= _both_ways(f"{prefix}{_label(a)}", _label(b), scores)
+            owner = torch.from_numpy(source_numbers(np.asarray(samples[a])[rows_a]))
+            if len(numbers := owner.unique().tolist()) > 1:
+                for number in numbers:
+                    mine = (owner == number).nonzero()[:, 0]
+                    found = _both_ways(f"{prefix}{_label(a)}", _label(b), scores[mine][:, mine])
+                    by_source.update({f"{name} in {data.tables[number].source.name}": r for name, r in found.items()})
+    return results | by_source
+
+
+def _both_ways(a: str, b: str, scores: Tensor) -> dict[str, Any]:
+    return {f"{a}_to_{b}": recall(scores), f"{b}_to_{a}": recall(scores.T)}
 
 
 def _label(view: str) -> str:

@@ -210,7 +210,7 @@ def log_probs(context: EvalContext, documents: Sequence[Document]) -> Tensor:
     hidden, labels = context.model.encode(batch)[positions], batch.labels[positions]
     found = []
     for states, targets in zip(hidden.split(_ROWS), labels.split(_ROWS), strict=True):
-        logits = context.model.next_token_logits(states).float()
+        logits = (states @ context.model.head_weight.T).float()  # normalised over all rows, as in training
         found.append(logits.log_softmax(dim=-1).gather(1, targets[:, None])[:, 0])
     owner = torch.repeat_interleave(torch.tensor([int((d.labels != IGNORE_INDEX).sum()) for d in documents]))
     return torch.zeros(len(documents)).index_add(0, owner, torch.cat(found).cpu())

@@ -49,7 +49,7 @@ def slow_log_prob(context: EvalContext, document, text: str) -> float:
     for token in [*context.data.tokenizer.encode(text), context.data.tokenizer.eos_id]:
         part = replace(document, input_ids=ids, labels=np.full_like(ids, -100))
         hidden = context.model.encode(pack_documents([part], context.data.tokenizer.placeholder_ids))
-        total += float(context.model.next_token_logits(hidden[-1:]).double().log_softmax(-1)[0, token])
+        total += float((hidden[-1:] @ context.model.head_weight.T).double().log_softmax(-1)[0, token])
         ids = np.append(ids, token)
     return total
 
