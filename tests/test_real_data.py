@@ -1,5 +1,5 @@
-"""The configurations of the real sets, run for seconds on stand-ins that are built as the real sets are: tones for digits, colours for stamps,
-pages with pictures for the manual. What they reach on the real ones stands in docs/results.md.
+"""The configurations of the real sets, run for seconds on stand-ins that are built as the real sets are: tones for digits and speech,
+colours for stamps, pages with pictures for the manual. What they reach on the real ones stands in docs/results.md.
 """
 
 from __future__ import annotations

@@ -170,6 +170,10 @@ def stamps(
         list[str] | None, typer.Option(help="Such as fr or zh_CN; may be repeated. All by default.")
     ] = None,
     image_size: Annotated[int, typer.Option(help="Width of stamps drawn from SVG, in pixels.")] = 256,
+    shuffled: Annotated[
+        bool,
+        typer.Option("--shuffled", help="A control: training captions of other stamps; what is held out stays right."),
+    ] = False,
     heldout: Heldout = 0.1,
     per_shard: PerShard = 1000,
     shard_mb: ShardMb = 256,
@@ -180,7 +184,7 @@ def stamps(
     from mmctx.datasets.build.stamps import FOLDER, build_stamps
 
     limits = (heldout, per_shard, shard_mb, workers)
-    arguments = {"view": view, "languages": language or (), "image_size": image_size}
+    arguments = {"view": view, "languages": language or (), "image_size": image_size, "shuffled": shuffled}
     run(build_stamps, as_json, limits, out=out, folder=source or FOLDER, **arguments)
 
 

@@ -88,6 +88,33 @@ class TestStamps:
         assert found.keys() == keys
         assert all((sample.audio is None) == (arguments.get("view") == "captioned") for sample in found.values())
 
+    def test_shuffled_captions_are_a_control(self, tmp_path: Path, tokenizer) -> None:
+        """In training each picture and clip has another stamp's caption of the same language; held-out ones keep their own."""
+        folder = tmp_path / "stamps"
+        folder.mkdir()
+        for number in range(20):
+            (folder / f"{number}.png").write_bytes(encode_image(random_pixels(number, 6, 6), "PNG"))
+            (folder / f"{number}.txt").write_text(f"number {number}\nfr.utf8=nombre {number}\n")
+            for language in ("", "_fr"):
+                (folder / f"{number}_desc{language}.ogg").write_bytes(ogg(number))
+        options = BuildOptions(num_workers=1, heldout=0.3)
+        found = {}
+        for shuffled in (False, True):
+            build_stamps(tmp_path / str(shuffled), folder, shuffled=shuffled, options=options)
+            found[shuffled] = {
+                split: read_back(shards_of(tmp_path / str(shuffled), split), tokenizer)
+                for split in ("train", "heldout")
+            }
+        for split, texts in found[False].items():
+            said = {key: tokenizer.decode(sample.texts[0]) for key, sample in found[True][split].items()}
+            own = {key: tokenizer.decode(sample.texts[0]) for key, sample in texts.items()}
+            assert said.keys() == own.keys()
+            assert sorted(said.values()) == sorted(own.values())
+            same = [said[key] == own[key] for key in own]
+            assert all(same) if split == "heldout" else not any(same)
+            assert all(torch.equal(texts[k].image.values, found[True][split][k].image.values) for k in own)
+        assert found[False]["heldout"]
+
     def test_stamps_that_share_a_caption_are_one_group(self) -> None:
         captions = [
             {"en": "A sheep.", "fr": "Un mouton."},

@@ -18,8 +18,7 @@ from mmctx.tokenizer import TextTokenizer
 @pytest.fixture
 def shards(tmp_path: Path) -> list[str]:
     pairs = [
-        {"__key__": f"p{n}", "txt": b"zebra", "json": json.dumps({"names": {"fr": "zèbre"}}).encode()}
-        for n in range(3)
+        {"__key__": f"p{n}", "txt": b"zebra", "json": json.dumps({"names": {"fr": "zèbre"}}).encode()} for n in range(3)
     ]
     pairs.append({"__key__": "hidden", "html": b"quagga quagga", "txt": b"zebra"})
     segments = [{"text": "okapi"}, {"image": "0.png"}, {"text": "okapi"}]
