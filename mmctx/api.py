@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from mmctx import eval as evaluation
 from mmctx.datasets.assemble import RunData, build_data
 from mmctx.datasets.planning.plan import Plan
 from mmctx.errors import ConfigError, DataError
+from mmctx.eval.results import add_results
 from mmctx.model import MmctxModel
 from mmctx.pack import PackedBatch
 from mmctx.train.audit import audit
@@ -52,7 +51,7 @@ def evaluate(
     overrides: Sequence[str] = (),
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Runs suites on a checkpoint or run folder and writes `report.json` and `report.html` into the run folder.
+    """Runs suites on a checkpoint or run folder, and writes what they find into `eval.json` and `report.html` of the run folder.
 
     The tokenizer is the checkpoint's own, whatever `data.tokenizer` names. What suites that do not run now found earlier
     at the same step stays in the report.
@@ -64,29 +63,22 @@ def evaluate(
         progress: called with (suite, done, total).
 
     Returns:
-        What `report.json` holds.
+        The checkpoint's entry in `eval.json`, see `mmctx.eval.results`.
 
     Raises:
         ConfigError: the run has no held-out sources, or a suite is unknown.
     """
-    from mmctx.eval.report import summarise_losses, write_report  # needs the `eval` extra, training does not
+    from mmctx.eval.report.page import write_report  # needs the `eval` extra, training does not
 
     folder = resolve_checkpoint(Path(checkpoint))
     context, config = _context(folder, overrides, progress)
-    suites = suites or config.eval.suites
-    results = evaluation.evaluate(context, suites)
-    run_dir = folder.parent
-    state = read_state(folder)
-    if results.get("recall") and load_run_config(folder).schedule:
-        results["recall"]["stages"] = recall_curve(run_dir, until=state.step, overrides=overrides, progress=progress)
-    results |= {
-        "weights": config.eval.weights,
-        "step": state.step,
-        "tokens": state.tokens,
-        "train_seconds": round(state.train_seconds, 1),
-    }
-    results = _joined(_of_the_same_weights(run_dir / "report.json", state.step, config.eval.weights), results)
-    results["loss"] = summarise_losses(run_dir, results.get("loss", {}))
+    suites = evaluation.known_suites(suites or config.eval.suites)
+    found = evaluation.evaluate(context, suites)
+    run_dir, state = folder.parent, read_state(folder)
+    if found.get("recall") and load_run_config(folder).schedule:
+        found["recall"]["stages"] = recall_curve(run_dir, until=state.step, overrides=overrides, progress=progress)
+    about = {"step": state.step, "tokens": state.tokens, "weights": config.eval.weights}
+    results = add_results(run_dir, about | {"train_seconds": round(state.train_seconds, 1)} | found)
     write_report(run_dir, results, config, context.data, batch=_first_batch(_with_tokenizer(config, folder)))
     return results
 
@@ -128,7 +120,7 @@ def recall_curve(
         progress: called with (suite, done, total).
 
     Returns:
-        `{"step", "label", "lengths": {length: score}}` of each checkpoint, in order; see `mmctx.eval.recall.score`.
+        `{"step", "label", "lengths": {length: score}}` of each checkpoint, in order; see `mmctx.eval.suites.recall.score`.
     """
     curve = []
     for folder in list_checkpoints(Path(run_dir)):
@@ -161,23 +153,6 @@ def _overridden(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     for override in overrides:
         config_module.apply_override(tree, override)
     return config_module.build_config(RunConfig, tree, where="overrides")
-
-
-def _of_the_same_weights(path: Path, step: int, weights: str) -> dict[str, Any]:
-    """Earlier results of the same checkpoint: running one suite again does not throw away the others'."""
-    if not path.exists():
-        return {}
-    earlier = json.loads(path.read_text())
-    return earlier if (earlier.get("step"), earlier.get("weights")) == (step, weights) else {}
-
-
-def _joined(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """New results over earlier ones. Of earlier losses only the held-out part counts: the rest is read from the run."""
-    losses = earlier.get("loss", {})
-    held_out = {name: {k: v for k, v in loss.items() if k in ("held_out", "n")} for name, loss in losses.items()}
-    # a suite meets only those unusable samples that it reads: the larger count knows more
-    skipped = dict(Counter(earlier.get("skipped", {})) | Counter(now["skipped"]))
-    return {**earlier, "loss": held_out, **now, "skipped": skipped}
 
 
 def _first_batch(config: RunConfig) -> PackedBatch | None:

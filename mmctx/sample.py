@@ -16,11 +16,6 @@ def make_uid(source_number: int, sample_id: int) -> int:
     return source_number << _SOURCE_SHIFT | sample_id
 
 
-def split_uid(uid: int) -> tuple[int, int]:
-    """(source number, sample id) that `make_uid` was given."""
-    return uid >> _SOURCE_SHIFT, uid & ((1 << _SOURCE_SHIFT) - 1)
-
-
 def source_numbers(uids: np.ndarray) -> np.ndarray:
     """(n,) source number of each sample (n,), numbered by `make_uid`."""
     return uids >> _SOURCE_SHIFT

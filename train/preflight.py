@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 from mmctx.datasets.shards.index import expand_shards
 from mmctx.errors import ConfigError
-from mmctx.eval import SUITES
+from mmctx.eval import known_suites
 from mmctx.train.config import RunConfig
 from mmctx.train.trackers import EXTRAS
 
@@ -24,8 +24,11 @@ def check_run(config: RunConfig) -> None:
             raise ConfigError(f"train.trackers: {name} is not installed: pip install 'mmctx[{extra}]'")
     if not config.eval.sources:
         return
-    if unknown := [name for name in config.eval.suites if name not in SUITES]:
-        raise ConfigError(f"eval.suites: no suite named {unknown[0]!r}; there are {', '.join(SUITES)}")
+    for key in ("suites", "loop_suites"):
+        try:
+            known_suites(getattr(config.eval, key))
+        except ConfigError as error:
+            raise ConfigError(f"eval.{key}: {error}") from None
     for source in config.eval.sources.values():
         expand_shards(source.shards, config.data.remote_cache)
     if missing := [name for name in ("jinja2", "jiwer") if find_spec(name) is None]:

@@ -46,7 +46,7 @@ def evaluate(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Evaluate a checkpoint on its run's held-out data; rewrites report.json and report.html beside it."""
+    """Evaluate a checkpoint on its run's held-out data; writes eval.json and report.html beside it."""
     from mmctx import api
 
     with progress_bars() as show:
@@ -103,19 +103,12 @@ def replay(
 
 
 def _summary(answer: dict[str, Any]) -> str:
-    results = dict(answer.get("results", {}))
-    if "caption" in results:
-        results["caption"] = {name: value for name, value in results["caption"].items() if name != "examples"}
-    if results.get("recall"):
-        results["recall"] = _recall_summary(results["recall"])
-    return table({key: value for key, value in answer.items() if key != "results"} | results)
+    """The headline of each suite; `--json`, eval.json and the report have the rest."""
+    from mmctx.eval import headlines
 
-
-def _recall_summary(recall: dict[str, Any]) -> dict[str, Any]:
-    """Share of exact answers by length, of this checkpoint and after each stage; `--json` and the report have the rest."""
-    now = {f"{int(length):,} tokens": scores["all"]["exact"] for length, scores in recall["lengths"].items()}
-    stages = {
-        stage["label"]: ", ".join(f"{scores['exact']:.3f} at {int(n):,}" for n, scores in stage["lengths"].items())
-        for stage in recall.get("stages", ())
-    }
-    return now | stages
+    results = answer.get("results", {})
+    about = {name: results[name] for name in ("step", "weights") if name in results}
+    skipped = {"skipped": results["skipped"]} if results.get("skipped") else {}
+    return table(
+        {key: value for key, value in answer.items() if key != "results"} | about | headlines(results) | skipped
+    )

@@ -8,30 +8,18 @@ from pydantic import Field, model_validator
 
 from mmctx.config import StrictModel
 from mmctx.datasets.config import SourceConfig
+from mmctx.eval.quality_config import CaptionEvalConfig, ZeroShotConfig
 
 
-class ZeroShotConfig(StrictModel):
-    """Classes that the suite `zero_shot` tells apart."""
+class LossByPositionConfig(StrictModel):
+    """Suite `loss_by_position`."""
 
-    classes: tuple[str, ...] | dict[str, str]
-    """What samples are labelled with; a mapping, such as `{n01440764: tench}`, says how each label is written in texts."""
-    templates: tuple[str, ...] = ("{}",)
-    """Texts that `{}` makes of a class, such as `a photo of a {}.`; write them as the captions of training are."""
-    label: str = "txt"
-    """Where a sample's label stands: a member's extension, or `json:dotted.path` inside `KEY.json`."""
-
-    @property
-    def names(self) -> dict[str, str]:
-        """Label -> name, in the order of the classes."""
-        return dict(self.classes) if isinstance(self.classes, dict) else {name: name for name in self.classes}
-
-    @model_validator(mode="after")
-    def _check(self) -> ZeroShotConfig:
-        if len(self.names) < 2 or len(self.names) < len(self.classes):
-            raise ValueError(f"classes must name at least two classes, each once, found {list(self.classes)}")
-        if wrong := [template for template in self.templates if "{}" not in template] or not self.templates:
-            raise ValueError(f"templates must each hold {{}}, where the class goes, found {wrong or 'none'}")
-        return self
+    documents: int = Field(default=64, ge=1)
+    """The longest held-out documents, so many, are read with less of their context and with it shuffled."""
+    targets: int = Field(default=64, ge=1)
+    """What is scored there: so many predictions at the end of each."""
+    kept: tuple[int, ...] = (16, 64, 256, 1024, 4096, 16384)
+    """Tokens in front of them that stay as they are; documents that have no more are left out of that point."""
 
 
 class EvalConfig(StrictModel):
@@ -40,18 +28,30 @@ class EvalConfig(StrictModel):
     sources: dict[str, SourceConfig] = Field(default_factory=dict)
     """Held-out sources, read in full, in order. None means no evaluation at the end of training."""
     suites: tuple[str, ...] = ("loss", "retrieval", "caption", "masked_lm")
-    """Suites of `mmctx.eval.SUITES`, in this order."""
+    """Suites of `mmctx.eval.SUITES` that run at the end of training and by `mmctx eval`, in this order."""
+    every: int | None = Field(default=None, ge=1)
+    """Steps between evaluations inside training; null evaluates at its end alone."""
+    loop_suites: tuple[str, ...] = ("loss",)
+    """Suites that run every `every` steps, shared out over all processes; their numbers are lines of metrics.jsonl."""
     max_new_tokens: int = Field(default=24, ge=1)
     """Longest caption or transcript."""
+    loss_by_position: LossByPositionConfig = LossByPositionConfig()
+    """What the suite of this name reads."""
     weights: Literal["trained", "ema"] = "trained"
     """Which weights of a checkpoint: as trained last, or their moving average (`train.ema`)."""
     zero_shot: ZeroShotConfig | None = None
     """Classes of the suite `zero_shot`."""
     num_examples: int = Field(default=12, ge=0)
     """Pictures and clips shown in the report."""
+    caption: CaptionEvalConfig = CaptionEvalConfig()
+    """Suite `caption`."""
 
     @model_validator(mode="after")
     def _check(self) -> EvalConfig:
+        if self.every is not None and not self.sources:
+            raise ValueError(
+                f"every={self.every} asks for evaluations inside training, but sources names no held-out shards"
+            )
         for name, source in self.sources.items():
             if source.augment is not None:
                 raise ValueError(

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +16,9 @@ from transformers import PreTrainedTokenizerFast
 
 from mmctx.api import build_dataset, build_model, evaluate
 from mmctx.config import build_config
+from mmctx.eval.results import add_results, read_results
 from mmctx.tokenizer import TextTokenizer
+from mmctx.train.checkpoints.load import load_run_config
 from mmctx.train.checkpoints.saver import save_checkpoint
 from mmctx.train.checkpoints.state import TrainerState
 from mmctx.train.config import RunConfig
@@ -96,28 +97,26 @@ def test_a_saved_tokenizer_has_the_same_fingerprint(corpus: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_suites_of_one_step_join_in_one_report(run_dir: Path) -> None:
-    def report() -> dict[str, Any]:
-        return json.loads((run_dir / "report.json").read_text())
+def test_suites_of_one_step_join_in_one_entry(run_dir: Path) -> None:
+    first = evaluate(run_dir, suites=["loss", "retrieval"])
+    assert first["loss"]["captioning"].keys() == {"held_out", "n"}
+    second = evaluate(run_dir, suites=["masked-lm"])
+    assert second["masked_lm"]["n"] > 0
+    assert {name: second[name] for name in first} == first
+    assert read_results(run_dir) == [second]
 
-    evaluate(run_dir, suites=["loss", "retrieval"])
-    first = report()
-    assert {"first", "last", "held_out", "n"} == first["loss"]["captioning"].keys()
-    evaluate(run_dir, suites=["masked_lm"])
-    assert report()["masked_lm"]["n"] > 0
-    for name, part in first.items():
-        assert report()[name] == part
-
-    state = run_dir / "checkpoint-3" / "trainer" / "trainer_state.json"
-    state.write_text(json.dumps(json.loads(state.read_text()) | {"step": 4}))
-    evaluate(run_dir, suites=["masked_lm"])
-    assert "retrieval" not in report()
-    assert report()["loss"] == {"captioning": {"first": 5.0, "last": 5.0}}
+    config = load_run_config(run_dir / "checkpoint-3")
+    data = build_dataset(config)
+    model = build_model(config, data)
+    save_checkpoint(run_dir, config, model, data.tokenizer, torch.optim.AdamW(model.parameters()), TrainerState(step=4))
+    third = evaluate(run_dir, suites=["masked_lm"])
+    assert "retrieval" not in third
+    assert read_results(run_dir) == [second, third]
+    assert 'id="masked_lm"' in (run_dir / "report.html").read_text()
 
 
 @pytest.mark.slow
 def test_the_larger_count_of_unusable_samples_stays(run_dir: Path) -> None:
-    evaluate(run_dir, suites=["masked_lm"])
-    path = run_dir / "report.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"skipped": {"undecodable_image": 2}}))
+    entry = evaluate(run_dir, suites=["masked_lm"])
+    add_results(run_dir, entry | {"skipped": {"undecodable_image": 2}})
     assert evaluate(run_dir, suites=["masked_lm"])["skipped"] == {"undecodable_image": 2}

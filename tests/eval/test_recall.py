@@ -17,8 +17,8 @@ from mmctx.datasets.assemble import build_data
 from mmctx.datasets.build.recall import build_recall
 from mmctx.errors import DataError
 from mmctx.eval import EvalContext, evaluate
-from mmctx.eval.recall import evaluate_recall, excerpt, load_quizzes, passes, wilson_interval, without_facts
-from mmctx.eval.report_recall import recall_section
+from mmctx.eval.report.recall import recall_section
+from mmctx.eval.suites.recall import evaluate_recall, excerpt, load_quizzes, passes, wilson_interval, without_facts
 from mmctx.pack import PackedBatch
 from mmctx.train.config import RunConfig
 

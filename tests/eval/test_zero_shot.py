@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 import torch
 from tiny import triple, write_shard
+from two_ranks import on_two_ranks
 
 from mmctx.config import build_config
 from mmctx.datasets.assemble import build_data
 from mmctx.errors import ConfigError
 from mmctx.eval import EvalContext, evaluate
-from mmctx.eval.config import ZeroShotConfig
-from mmctx.eval.retrieval import embed_views
-from mmctx.eval.zero_shot import Scored, _scored, class_vectors, summarise
+from mmctx.eval.quality_config import ZeroShotConfig
+from mmctx.eval.suites.zero_shot import Scored, _scored, class_vectors, summarise
+from mmctx.eval.views import embed_views
 from mmctx.pack import pack_documents
 from mmctx.train.build import build_model
 from mmctx.train.config import RunConfig
@@ -49,7 +50,7 @@ def slow_log_prob(context: EvalContext, document, text: str) -> float:
     for token in [*context.data.tokenizer.encode(text), context.data.tokenizer.eos_id]:
         part = replace(document, input_ids=ids, labels=np.full_like(ids, -100))
         hidden = context.model.encode(pack_documents([part], context.data.tokenizer.placeholder_ids))
-        total += float((hidden[-1:] @ context.model.head_weight.T).double().log_softmax(-1)[0, token])
+        total += float(context.model.next_token_logits(hidden[-1:]).double().log_softmax(-1)[0, token])
         ids = np.append(ids, token)
     return total
 
@@ -79,12 +80,22 @@ def test_classes_of_a_similarity_are_their_texts(tree: dict[str, Any], tmp_path)
     """With the template `{}` a class is the embedding of a sample's own text, which the retrieval suite knows."""
     context = make_context(tree, tmp_path, CLASSES)
     found = evaluate(context, ("zero_shot",))["zero_shot"]
-    vectors, samples = embed_views(context, "similarity")
-    texts = vectors["text0"][np.argsort(samples["text0"])][: len(CLASSES)]  # sample i shows class i
+    with torch.no_grad():
+        views = {kind: (v.embeddings, v.samples) for kind, v in embed_views(context, "similarity").items()}
+    texts = views["text0"][0][np.argsort(views["text0"][1])][: len(CLASSES)]  # sample i shows class i
     for kind in ("image", "audio"):
-        media = vectors[kind][np.argsort(samples[kind])]
+        media = views[kind][0][np.argsort(views[kind][1])]
         best = (media @ texts.T).argmax(dim=1)
         assert found[f"{kind}/similarity"]["top1"] == (best == torch.arange(10) % len(CLASSES)).double().mean()
+
+
+def test_two_ranks_give_the_numbers_of_one(tree: dict[str, Any], tmp_path) -> None:
+    tree["data"]["bin_tokens"] = 128
+    context = make_context(tree, tmp_path, CLASSES, TEMPLATES)
+    assert len(context.bins("captioning")[1]) > 1
+    alone = evaluate(context, ["zero_shot", "swapped_media"])
+    assert alone["swapped_media"]["captioning"]["documents"] == 20
+    assert on_two_ranks(context, lambda one: evaluate(one, ["zero_shot", "swapped_media"])) == [alone, alone]
 
 
 def test_a_class_is_the_mean_of_its_templates() -> None:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from mmctx.eval.recall import passes
-from mmctx.eval.report_plots import short_number
+from mmctx.eval.report.plots import short_number
+from mmctx.eval.suites.recall import passes
 
 _WIDTH, _HEIGHT = 560, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 14, 10, 34

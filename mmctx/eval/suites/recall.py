@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from mmctx.errors import DataError, SampleError
-from mmctx.eval.context import EvalContext
+from mmctx.eval.context import EvalContext, each
 from mmctx.pack import IGNORE_INDEX, Document, pack_documents
 
 NUM_DEPTHS = 5
@@ -92,28 +92,33 @@ def evaluate_recall(context: EvalContext) -> dict[str, Any]:
     The controls are scored on the shortest documents: a fact alone before its question must be recalled, and without any of the asked
     facts answers must be at chance. Nothing where no held-out document has questions.
     """
-    answers: dict[int, list[Answer]] = {}
-    alone: list[Answer] = []
-    removed: list[Answer] = []
     quizzes = load_quizzes(context)
-    total, done = sum(len(quiz.document.input_ids) for quiz in quizzes), 0
     shortest = min((len(quiz.document.input_ids) for quiz in quizzes), default=0)
-    for group in _groups(quizzes, context.data.config.bin_tokens):
-        context.report("recall", done, total)
-        done += sum(len(quiz.document.input_ids) for quiz in group)
-        for answer in answer_quizzes(context, group):
-            answers.setdefault(answer.length, []).append(answer)
+
+    def answer(group: list[Quiz]) -> tuple[list[Answer], list[Answer], list[Answer]]:
+        found = answer_quizzes(context, group)
         short = [quiz for quiz in group if len(quiz.document.input_ids) == shortest]
-        if short:
-            alone += answer_quizzes(context, [part for quiz in short for part in facts_alone(quiz)])
-            removed += answer_quizzes(context, [without_facts(quiz) for quiz in short])
-    context.report("recall", total, total)
-    if not answers:
+        if not short:
+            return found, [], []
+        alone = answer_quizzes(context, [part for quiz in short for part in facts_alone(quiz)])
+        return found, alone, answer_quizzes(context, [without_facts(quiz) for quiz in short])
+
+    groups = list(_groups(quizzes, context.data.config.bin_tokens))
+    if not groups:
         return {}
+    found, alone, removed = (list(each(part)) for part in zip(*context.map("recall", groups, answer), strict=True))
+    answers: dict[int, list[Answer]] = {}
+    for one in found:
+        answers.setdefault(one.length, []).append(one)
     return {
-        "lengths": {str(length): _by_kind_and_depth(found) for length, found in sorted(answers.items())},
+        "lengths": {str(length): _by_kind_and_depth(part) for length, part in sorted(answers.items())},
         "controls": {"alone": score(alone), "removed": score(removed)},
     }
+
+
+def recall_headline(results: Mapping[str, Any]) -> dict[str, float]:
+    """The share of exact answers at each length."""
+    return {length: scores["all"]["exact"] for length, scores in results.get("lengths", {}).items()}
 
 
 def load_quizzes(context: EvalContext) -> list[Quiz]:
@@ -156,7 +161,6 @@ def _quiz(document: Document, about: Mapping[str, Any], tokenizer: Any) -> Quiz:
     return Quiz(document, tuple(asked), np.array(sorted(values.values())))
 
 
-@torch.no_grad()
 def answer_quizzes(context: EvalContext, quizzes: Sequence[Quiz]) -> list[Answer]:
     """All answers of some documents, in one forward pass."""
     documents = [quiz.document for quiz in quizzes]

@@ -1,4 +1,4 @@
-"""The report of a run: `report.json` for machines, `report.html` for people, one file that needs no network."""
+"""The report of a run: `report.html`, one file that needs no network."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from mmctx.errors import MmctxError
-from mmctx.eval.batch_drawing import count_batch, draw_batch
-from mmctx.eval.report_examples import load_examples
-from mmctx.eval.report_plots import line_chart, short_number
-from mmctx.eval.report_recall import recall_section
+from mmctx.eval.report.batch_drawing import count_batch, draw_batch
+from mmctx.eval.report.examples import load_examples
+from mmctx.eval.report.plots import line_chart, short_number
+from mmctx.eval.report.recall import recall_section
 from mmctx.jsonl import read_lines
 from mmctx.pack import MODALITIES, PackedBatch
 
@@ -67,11 +67,11 @@ def summarise_losses(run_dir: Path, held_out: Mapping[str, Mapping[str, Any]]) -
 def write_report(
     run_dir: Path, results: Mapping[str, Any], config: RunConfig, data: RunData, batch: PackedBatch | None = None
 ) -> Path:
-    """Writes `report.json` (all of `results`) and `report.html` into the run folder and returns the path of the page.
+    """Writes `report.html` into the run folder and returns its path.
 
     Args:
         run_dir: also read: metrics.jsonl, skips*.jsonl and manifest.json, each where it exists.
-        results: suites by name, besides numbers such as `step`; the page leaves out suites that did not run.
+        results: one entry of eval.json; the page leaves out suites that did not run.
         config: of the run.
         data: held-out data, to find the media of examples.
         batch: a packed batch to draw.
@@ -79,8 +79,7 @@ def write_report(
     Raises:
         MmctxError: jinja2 is not installed.
     """
-    results = _rounded(results)
-    _write(run_dir / "report.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    losses = summarise_losses(run_dir, results.get("loss", {}))
     path = run_dir / "report.html"
     examples = load_examples(results.get("caption", {}).get("examples", ()), data)
     page = _render(
@@ -92,10 +91,10 @@ def write_report(
         captions=_caption_table(results.get("caption", {})),
         masked_lm=results.get("masked_lm"),
         recall=recall_section(results.get("recall", {})),
-        loss=results.get("loss"),
+        loss=losses,
         skipped=results.get("skipped"),
         other={name: part for name, part in results.items() if isinstance(part, dict) and name not in _KNOWN_PARTS},
-        losses=_loss_curves(run_dir, results.get("loss", {})),
+        losses=_loss_curves(run_dir, losses),
         process=_process_curves(run_dir),
         examples=examples,
         drawing=draw_batch(batch, config.data.bin_tokens) if batch else None,
@@ -124,13 +123,15 @@ def _render(**values: Any) -> str:
     return environment.get_template("report.html.jinja").render(**values)
 
 
-def _retrieval_table(results: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
+def _retrieval_table(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One row a direction; each metric with what a random ranking of n candidates would reach."""
     rows = []
     for direction, scores in results.items():
         n = int(scores["n"])
+        chance = scores.get("chance", {})
         cells = [
-            {"name": name, "value": value, "chance": _chance(name, n)} for name, value in scores.items() if name != "n"
+            {"name": name, "value": scores[name], "chance": chance.get(name, _chance(name, n))}
+            for name in ("R@1", "R@5", "R@10", "MRR")
         ]
         rows.append({"direction": direction.replace("_to_", " → "), "n": n, "cells": cells})
     return rows
@@ -209,17 +210,6 @@ def _skips(run_dir: Path) -> dict[str, Any] | None:
 def _manifest(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "manifest.json"
     return json.loads(path.read_text()) if path.exists() else {}
-
-
-def _rounded(value: Any) -> Any:
-    """Six significant digits; NaN and infinity become null, which JSON can hold."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {name: _rounded(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(part) for part in value]
-    return value
 
 
 def _write(path: Path, text: str) -> None:
