@@ -34,6 +34,7 @@ for name, command in {
 data_app.add_typer(build.app, name="build")
 for name, command in {
     "convert": convert.data_convert,
+    "tokenizer": data.data_tokenizer,
     "index": data.data_index,
     "check": data.data_check,
     "stats": data.data_stats,

@@ -10,7 +10,7 @@ from mmctx.config import StrictModel
 from mmctx.datasets.config import SourceConfig
 from mmctx.eval.haystack.config import NeedleConfig, PasskeyConfig, WorldConfig
 from mmctx.eval.position_config import LossByPositionConfig
-from mmctx.eval.quality_config import CaptionEvalConfig
+from mmctx.eval.quality_config import CaptionEvalConfig, ZeroShotConfig
 
 
 class EvalConfig(StrictModel):
@@ -30,6 +30,8 @@ class EvalConfig(StrictModel):
     """What the suite of this name reads."""
     weights: Literal["trained", "ema"] = "trained"
     """Which weights of a checkpoint: as trained last, or their moving average (`train.ema`)."""
+    zero_shot: ZeroShotConfig | None = None
+    """Classes of the suite `zero_shot`."""
     num_examples: int = Field(default=12, ge=0)
     """Pictures and clips shown in the report."""
     caption: CaptionEvalConfig = CaptionEvalConfig()

@@ -1,6 +1,8 @@
-"""Settings of the suites `caption`, `sts`, `probe` and `robustness`."""
+"""Settings of the suites `caption`, `zero_shot`, `sts`, `probe` and `robustness`."""
 
 from __future__ import annotations
+
+from pydantic import model_validator
 
 from mmctx.config import StrictModel
 
@@ -11,3 +13,27 @@ class CaptionEvalConfig(StrictModel):
     references: tuple[int, ...] = ()
     """Texts of a source, by their number in its `texts`, that are right besides the one that the objective predicts: further captions of a
     picture. BLEU, ROUGE-L and CIDEr count them."""
+
+
+class ZeroShotConfig(StrictModel):
+    """Classes that the suite `zero_shot` tells apart."""
+
+    classes: tuple[str, ...] | dict[str, str]
+    """What samples are labelled with; a mapping, such as `{n01440764: tench}`, says how each label is written in texts."""
+    templates: tuple[str, ...] = ("{}",)
+    """Texts that `{}` makes of a class, such as `a photo of a {}.`; write them as the captions of training are."""
+    label: str = "txt"
+    """Where a sample's label stands: a member's extension, or `json:dotted.path` inside `KEY.json`."""
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Label -> name, in the order of the classes."""
+        return dict(self.classes) if isinstance(self.classes, dict) else {name: name for name in self.classes}
+
+    @model_validator(mode="after")
+    def _check(self) -> ZeroShotConfig:
+        if len(self.names) < 2 or len(self.names) < len(self.classes):
+            raise ValueError(f"classes must name at least two classes, each once, found {list(self.classes)}")
+        if wrong := [template for template in self.templates if "{}" not in template] or not self.templates:
+            raise ValueError(f"templates must each hold {{}}, where the class goes, found {wrong or 'none'}")
+        return self

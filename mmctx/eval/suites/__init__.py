@@ -17,7 +17,9 @@ from mmctx.eval.suites.next_sentence import evaluate_next_sentence
 from mmctx.eval.suites.passkey import evaluate_passkey
 from mmctx.eval.suites.recall import evaluate_recall, recall_headline
 from mmctx.eval.suites.retrieval import evaluate_retrieval, retrieval_headline
+from mmctx.eval.suites.swapped_media import evaluate_swapped_media, swapped_headline
 from mmctx.eval.suites.world import evaluate_world
+from mmctx.eval.suites.zero_shot import evaluate_zero_shot, zero_shot_headline
 
 
 def shallow_numbers(results: Mapping[str, Any], depth: int = 2) -> dict[str, float]:
@@ -54,6 +56,8 @@ SUITES: dict[str, Suite] = {
     "needle": Suite(evaluate_needle, grid_headline),
     "passkey": Suite(evaluate_passkey, grid_headline),
     "world": Suite(evaluate_world, grid_headline),
+    "zero_shot": Suite(evaluate_zero_shot, zero_shot_headline),
+    "swapped_media": Suite(evaluate_swapped_media, swapped_headline),
 }
 
 
