@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from mmctx.config import StrictModel
 from mmctx.datasets.config import SourceConfig
-from mmctx.eval.quality_config import CaptionEvalConfig
+from mmctx.eval.quality_config import CaptionEvalConfig, StsConfig
 
 
 class EvalConfig(StrictModel):
@@ -30,6 +30,8 @@ class EvalConfig(StrictModel):
     """Pictures and clips shown in the report."""
     caption: CaptionEvalConfig = CaptionEvalConfig()
     """Suite `caption`."""
+    sts: StsConfig = StsConfig()
+    """Suite `sts`."""
 
     @model_validator(mode="after")
     def _check(self) -> EvalConfig:

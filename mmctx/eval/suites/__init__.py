@@ -13,6 +13,7 @@ from mmctx.eval.suites.masked_lm import evaluate_masked_lm
 from mmctx.eval.suites.next_sentence import evaluate_next_sentence
 from mmctx.eval.suites.recall import evaluate_recall, recall_headline
 from mmctx.eval.suites.retrieval import evaluate_retrieval, retrieval_headline
+from mmctx.eval.suites.sts import evaluate_sts, sts_headline
 
 
 def shallow_numbers(results: Mapping[str, Any], depth: int = 2) -> dict[str, float]:
@@ -45,6 +46,7 @@ SUITES: dict[str, Suite] = {
     "masked_lm": Suite(evaluate_masked_lm),
     "next_sentence": Suite(evaluate_next_sentence),
     "recall": Suite(evaluate_recall, recall_headline),
+    "sts": Suite(evaluate_sts, sts_headline),
 }
 
 
