@@ -10,7 +10,7 @@ from mmctx.config import StrictModel
 from mmctx.datasets.config import SourceConfig
 from mmctx.eval.haystack.config import NeedleConfig, PasskeyConfig, WorldConfig
 from mmctx.eval.position_config import LossByPositionConfig
-from mmctx.eval.quality_config import CaptionEvalConfig, ZeroShotConfig
+from mmctx.eval.quality_config import CaptionEvalConfig, StsConfig, ZeroShotConfig
 
 
 class EvalConfig(StrictModel):
@@ -42,6 +42,8 @@ class EvalConfig(StrictModel):
     """Suite `passkey`: a hidden number."""
     world: WorldConfig = WorldConfig()
     """Suite `world`: stories of people, places and objects, spread over a haystack."""
+    sts: StsConfig = StsConfig()
+    """Suite `sts`."""
 
     @model_validator(mode="after")
     def _check(self) -> EvalConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from mmctx.datasets.fetch import PackedDataset
@@ -35,3 +35,17 @@ def documents_of(dataset: PackedDataset, bin: Bin) -> Iterator[Found]:
             continue
         for document in documents:
             yield Found(document, number, sample_id)
+
+
+def grouped(documents: Sequence[Document], tokens: int) -> list[list[Document]]:
+    """Documents in turn, as many to a group as fit into `tokens`, but one at least."""
+    groups: list[list[Document]] = []
+    room = 0
+    for document in documents:
+        length = len(document.input_ids)
+        if not groups or length > room:
+            groups.append([])
+            room = tokens
+        groups[-1].append(document)
+        room -= length
+    return groups

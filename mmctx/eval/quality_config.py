@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from mmctx.config import StrictModel
 
@@ -37,3 +37,12 @@ class ZeroShotConfig(StrictModel):
         if wrong := [template for template in self.templates if "{}" not in template] or not self.templates:
             raise ValueError(f"templates must each hold {{}}, where the class goes, found {wrong or 'none'}")
         return self
+
+
+class StsConfig(StrictModel):
+    """Suite `sts`."""
+
+    files: dict[str, str] = Field(default_factory=dict)
+    """Named tables of sentence pairs with a score of how alike they are: CSV, or TSV by that ending."""
+    columns: tuple[int | str, int | str, int | str] = (0, 1, 2)
+    """Where both sentences and the score stand: numbers from 0, or names, which mean that the first line is a header."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch import Tensor
 from mmctx.datasets.assemble import RunData
 from mmctx.datasets.planning.plan import Bin
 from mmctx.eval.context import EvalContext, each
-from mmctx.eval.documents import documents_of
+from mmctx.eval.documents import documents_of, grouped
 from mmctx.pack import Document, pack_documents
+from mmctx.sample import Sample
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,3 +97,18 @@ def content_of(document: Document) -> int:
     for _, item in document.media:
         digest.update(item.values.contiguous().numpy().tobytes())
     return int.from_bytes(digest.digest(), "little") >> 1
+
+
+def embed_texts(context: EvalContext, objective: str, texts: Sequence[str], suite: str) -> Tensor:
+    """Unit embeddings (n, E) of any texts, as a `similarity` objective embeds its text views; what exceeds the context is cut off."""
+    half: Any = context.data.dataset.objectives[objective]
+    room = half.room(context.data.config.context_length)
+    ids = [tokens[:room] for tokens in context.data.tokenizer.encode_many(texts)]
+    documents = [half.view_document(Sample("", "", n), "text0", tokens) for n, tokens in enumerate(ids)]
+    groups = grouped(documents, context.data.config.bin_tokens)
+
+    def embed(group: list[Document]) -> np.ndarray:
+        ((_, vectors, *_),) = embed_documents(context, objective, group)
+        return vectors
+
+    return torch.from_numpy(np.concatenate(context.map(suite, groups, embed)))

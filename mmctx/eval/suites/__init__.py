@@ -17,6 +17,7 @@ from mmctx.eval.suites.next_sentence import evaluate_next_sentence
 from mmctx.eval.suites.passkey import evaluate_passkey
 from mmctx.eval.suites.recall import evaluate_recall, recall_headline
 from mmctx.eval.suites.retrieval import evaluate_retrieval, retrieval_headline
+from mmctx.eval.suites.sts import evaluate_sts, sts_headline
 from mmctx.eval.suites.swapped_media import evaluate_swapped_media, swapped_headline
 from mmctx.eval.suites.world import evaluate_world
 from mmctx.eval.suites.zero_shot import evaluate_zero_shot, zero_shot_headline
@@ -58,6 +59,7 @@ SUITES: dict[str, Suite] = {
     "world": Suite(evaluate_world, grid_headline),
     "zero_shot": Suite(evaluate_zero_shot, zero_shot_headline),
     "swapped_media": Suite(evaluate_swapped_media, swapped_headline),
+    "sts": Suite(evaluate_sts, sts_headline),
 }
 
 
