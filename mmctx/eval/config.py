@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from mmctx.config import StrictModel
 from mmctx.datasets.config import SourceConfig
+from mmctx.eval.attribution_config import AttributionConfig
 
 
 class EvalConfig(StrictModel):
@@ -27,6 +28,8 @@ class EvalConfig(StrictModel):
     """Which weights of a checkpoint: as trained last, or their moving average (`train.ema`)."""
     num_examples: int = Field(default=12, ge=0)
     """Pictures and clips shown in the report."""
+    attribution: AttributionConfig = AttributionConfig()
+    """The suite `attribution`."""
 
     @model_validator(mode="after")
     def _check(self) -> EvalConfig:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mmctx.datasets.assemble import RunData
 from mmctx.datasets.view.render import render, write_page
 from mmctx.eval.report import training
+from mmctx.eval.report.attribution import attribution_section
 from mmctx.eval.report.batch_drawing import count_batch, draw_batch
 from mmctx.eval.report.charts import NUM_COLORS, draw_lines, short_number
 from mmctx.eval.report.examples import example_sections
@@ -25,6 +26,8 @@ from mmctx.pack import PackedBatch
 if TYPE_CHECKING:
     from mmctx.train.config import RunConfig
 
+_ELSEWHERE = ("loss", "attribution")
+"""Suites that are shown with the losses of training, and with the documents that they are about."""
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -100,6 +103,7 @@ def _sections(
         training.evaluations_section(runs),
         training.curves_section(runs),
         *example_sections(runs, data),
+        attribution_section(runs, data),
         _batch_section(batch),
         _joined(runs, training.data_section),
         _joined(runs, training.skips_section),
@@ -108,10 +112,10 @@ def _sections(
 
 
 def _suite_sections(runs: Sequence[Run]) -> list[Section | None]:
-    """Suites that have a section come in the order of `SECTIONS`; losses stand with those of training."""
+    """Suites that have a section come in the order of `SECTIONS`."""
     named = list(dict.fromkeys(suite for run in runs for suite in run.suites))
     order = [suite for suite in SECTIONS if suite in named]
-    order += [suite for suite in named if suite not in SECTIONS and suite != "loss"]
+    order += [suite for suite in named if suite not in SECTIONS and suite not in _ELSEWHERE]
     found = []
     for suite in order:
         sections = {run.name: _suite_section(suite, run) for run in runs}

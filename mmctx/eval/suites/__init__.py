@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from mmctx.eval.context import EvalContext
+from mmctx.eval.suites.attribution import attribution_headline, evaluate_attribution
 from mmctx.eval.suites.caption import evaluate_caption
 from mmctx.eval.suites.loss import evaluate_loss
 from mmctx.eval.suites.masked_lm import evaluate_masked_lm
@@ -45,6 +46,7 @@ SUITES: dict[str, Suite] = {
     "masked_lm": Suite(evaluate_masked_lm),
     "next_sentence": Suite(evaluate_next_sentence),
     "recall": Suite(evaluate_recall, recall_headline),
+    "attribution": Suite(evaluate_attribution, attribution_headline),
 }
 
 
