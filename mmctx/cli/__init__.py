@@ -24,6 +24,7 @@ app.add_typer(data_app, name="data")
 for name, command in {
     "train": runs.train,
     "eval": runs.evaluate,
+    "report": runs.report,
     "plan": runs.plan,
     "replay": runs.replay,
     "doctor": doctor.doctor,

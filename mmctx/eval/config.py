@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from mmctx.config import StrictModel
 from mmctx.datasets.config import SourceConfig
+from mmctx.eval.attribution_config import AttributionConfig
 from mmctx.eval.haystack.config import NeedleConfig, PasskeyConfig, WorldConfig
 from mmctx.eval.position_config import LossByPositionConfig
 from mmctx.eval.quality_config import CaptionEvalConfig, StsConfig, ZeroShotConfig
@@ -44,6 +45,8 @@ class EvalConfig(StrictModel):
     """Suite `world`: stories of people, places and objects, spread over a haystack."""
     sts: StsConfig = StsConfig()
     """Suite `sts`."""
+    attribution: AttributionConfig = AttributionConfig()
+    """The suite `attribution`."""
 
     @model_validator(mode="after")
     def _check(self) -> EvalConfig:

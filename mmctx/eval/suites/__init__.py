@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from mmctx.eval.context import EvalContext
 from mmctx.eval.haystack.grid import grid_headline
+from mmctx.eval.suites.attribution import attribution_headline, evaluate_attribution
 from mmctx.eval.suites.caption import evaluate_caption
 from mmctx.eval.suites.loss import evaluate_loss
 from mmctx.eval.suites.loss_by_position import evaluate_loss_by_position, position_headline
@@ -60,6 +61,7 @@ SUITES: dict[str, Suite] = {
     "zero_shot": Suite(evaluate_zero_shot, zero_shot_headline),
     "swapped_media": Suite(evaluate_swapped_media, swapped_headline),
     "sts": Suite(evaluate_sts, sts_headline),
+    "attribution": Suite(evaluate_attribution, attribution_headline),
 }
 
 
