@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from mmctx.tokenizer import TextTokenizer
 
 
+@torch.autocast("cpu", enabled=False)  # an evaluation in bf16 reads the frames that training reads
 def decode_sample(
     raw: RawSample,
     *,

@@ -134,12 +134,9 @@ class Writer(nn.Module):
                 owners[slot] = self.numbers[items[item_of_row[row]].numpy().tobytes()]
         return owners
 
-    def positions(self, batch: PackedBatch) -> Tensor:
-        return batch.position_ids
-
-    def trunk(self, embedded: Tensor, positions: Tensor, layout: Any, cache: Any) -> Tensor:
-        self.place, self.rows = 0, embedded[layout.cu_seqlens[1:].long() - 1]
-        return embedded
+    def prefill(self, prompts: PackedBatch, cache: Any) -> Tensor:
+        self.place, self.rows = 0, self.embed(prompts)[prompts.layout.cu_seqlens[1:].long() - 1]
+        return self.rows
 
     def step(self, ids: Tensor, cache: Any) -> Tensor:
         self.place += 1

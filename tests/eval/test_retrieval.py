@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import png, words, write_shard
+from tiny import png, triple, words, write_shard
 from torch import Tensor, nn
 from two_ranks import on_two_ranks
 
@@ -209,3 +209,26 @@ def test_two_ranks_give_the_numbers_of_one(context: EvalContext) -> None:
     assert len(context.bins("similarity")[1]) > 3
     alone = evaluate(context, ["retrieval"])
     assert on_two_ranks(context, lambda one: evaluate(one, ["retrieval"])) == [alone, alone]
+
+
+def test_each_source_is_searched_by_itself_too(tree: dict[str, Any], tmp_path: Path) -> None:
+    """What a source has among its own is what it has when there is no other; together there are more to choose from."""
+    source = tree["eval"]["sources"]["heldout"]
+    write_shard(tmp_path / "more.tar", [triple(seed) for seed in range(5)])
+    tree["eval"]["sources"] = {"more": source | {"shards": str(tmp_path / "more.tar")}, "heldout": source}
+
+    def found_in(*names: str) -> dict[str, Any]:
+        sources = {name: tree["eval"]["sources"][name] for name in names}
+        config = build_config(RunConfig, tree | {"eval": {"sources": sources}}, "tree")
+        data = build_data(config.data, config.eval.sources, config.model, config.objectives, seed=0)
+        torch.manual_seed(0)
+        model = build_model(config, len(data.tokenizer))
+        context = EvalContext(model, data, config.objectives, config.eval, torch.device("cpu"))
+        return evaluate(context, ["retrieval"])["retrieval"]
+
+    both = found_in("more", "heldout")
+    assert both["image_to_text"]["n"] == 5 + 16
+    for name in ("more", "heldout"):
+        alone = found_in(name)
+        assert not any(" in " in way for way in alone)
+        assert {way: both[f"{way} in {name}"] for way in alone} == alone

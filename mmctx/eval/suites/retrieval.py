@@ -18,6 +18,7 @@ from mmctx.eval.context import EvalContext
 from mmctx.eval.ranking import best_ranks, score_ranks
 from mmctx.eval.views import View, embed_views
 from mmctx.objectives.contrastive import matching_rows
+from mmctx.sample import source_numbers
 
 SHOWN = ("R@1", "R@5", "R@10", "MRR")
 
@@ -27,21 +28,31 @@ def evaluate_retrieval(context: EvalContext) -> dict[str, Any]:
     `score_ranks`.
 
     A query is a hit if any right candidate ranks among the first k (as in CLIP's evaluations, and in clip_benchmark). The first text is
-    called `text`, others `text1`, `text2`; a second similarity objective prefixes its name.
+    called `text`, others `text1`, `text2`; a second similarity objective prefixes its name. Several held-out sources, such as languages,
+    are searched all together, and each by itself: `image_to_text in SOURCE`.
     """
     results: dict[str, Any] = {}
+    by_source: dict[str, Any] = {}
     for objective in (names := context.names("similarity")):
         views = embed_views(context, objective)
         pairs: Sequence[tuple[str, str]] = context.objectives[objective].pairs  # type: ignore[union-attr]
         prefix = "" if objective == names[0] else f"{objective}/"
         for direction, scores in _directions(views, pairs):
             results[prefix + direction] = scores
-    return results
+        tables = context.data.only(objective).dataset.tables
+        for number, table in enumerate(tables if len(tables) > 1 else ()):
+            mine = {
+                name: view.take(np.flatnonzero(source_numbers(view.samples) == number)) for name, view in views.items()
+            }
+            for direction, scores in _directions(mine, pairs):
+                by_source[f"{prefix}{direction} in {table.source.name}"] = scores
+    return results | by_source
 
 
 def retrieval_headline(results: Mapping[str, Any]) -> dict[str, float]:
-    """R@k and MRR of each direction."""
-    return {f"{way}/{name}": scores[name] for way, scores in results.items() for name in SHOWN}
+    """R@k and MRR of each direction, over all sources together."""
+    ways = [way for way in results if " in " not in way]
+    return {f"{way}/{name}": results[way][name] for way in ways for name in SHOWN}
 
 
 def _directions(views: Mapping[str, View], pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[str, dict[str, Any]]]:
