@@ -22,6 +22,7 @@ class Cell:
         text: as it is shown.
         share: 0 to 1, drawn as a bar; None for no bar.
         chance: what guessing reaches, a tick in the bar.
+        tick: what the tick is called where it is something else.
         about: what pointing at it says, such as its interval.
         strong: set in bold colour: what passes.
     """
@@ -29,6 +30,7 @@ class Cell:
     text: str
     share: float | None = None
     chance: float | None = None
+    tick: str = "chance"
     about: str = ""
     strong: bool = False
 

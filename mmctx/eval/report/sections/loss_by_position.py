@@ -9,6 +9,13 @@ from mmctx.eval.report.pieces import Lines, Part, Section, Series
 
 _CURVES = {"truncation": "only the last tokens kept", "shuffle": "what lies before them shuffled"}
 
+_MODALITIES = {
+    "all": "all predictions",
+    "text": "behind text alone",
+    "image": "behind a picture",
+    "audio": "behind a clip",
+}
+
 
 def loss_by_position_section(results: Mapping[str, Any]) -> Section | None:
     """A chart over positions for each modality, and one of what truncation and shuffling cost."""
@@ -60,7 +67,7 @@ def _positions(modality: str, found: Mapping[str, Any]) -> Lines | None:
     # the middle of each stretch, on a logarithmic axis, which has no 0
     x = [max((start * end) ** 0.5, end / 2) for start, end in (found["edges"][n] for n in keep)]
     y, low, high = ([found[name][n] for n in keep] for name in ("mean", "low", "high"))
-    label = "all predicted tokens" if modality == "all" else f"tokens predicted in documents: {modality}"
+    label = _MODALITIES.get(modality, modality)
     return Lines(
         name=f"positions {modality}",
         label=label,
