@@ -83,7 +83,7 @@ class TestPages:
         assert all(address.startswith("#") for address in page.addresses)
         assert page.sections[: len(SECTIONS)] == list(SECTIONS)
         assert re.search(r"<th>train.optimizer.lr</th>\s*<td[^>]*>0.001</td>\s*<td[^>]*>0.002</td>", text)
-        assert text.count(">passkey: short<") == text.count(">passkey: long<") == 1  # heat maps beside each other
+        assert text.count(">passkey by depth, %: short<") == text.count(">passkey by depth, %: long<") == 1  # heat maps beside each other
 
     def test_runs_of_one_name_are_told_apart(self, run_tree: dict[str, Any], tmp_path: Path) -> None:
         runs = [write_run(tmp_path / place / "same", run_tree, steps=5) for place in ("a", "b")]
