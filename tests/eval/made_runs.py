@@ -16,6 +16,19 @@ from mmctx.train.config import RunConfig
 ATTACK = "<script>alert('x')</script>"
 
 
+EXAMPLES = [
+    {
+        "kind": kind,
+        "key": "triple1000",
+        "reference": f"red {ATTACK}",
+        "prediction": "red cat",
+        "location": ["heldout", 0],
+    }
+    for kind in ("image", "audio")
+]
+"""Of the tiny corpus, so that their media are there."""
+
+
 def score(share: float, n: int = 40) -> dict[str, float]:
     """As suites over lengths give it."""
     half = 1.96 * math.sqrt(share * (1 - share) / n)
@@ -59,6 +72,28 @@ def grid(kinds: tuple[str, ...], lengths: tuple[int, ...], edge: int) -> dict[st
     }
 
 
+def attribution() -> dict[str, Any]:
+    """Of a picture's document of the tiny corpus: 4 tokens, the last of which speaks for the answer."""
+    shares = {"integrated": 1.0, "gradient": 1.0, "attention": 1.0}
+    example = {"kind": "image", "objective": "captioning", "key": "triple1000", "location": ["heldout", 0, 0], "cut": 4}
+    example |= {
+        "prediction": ATTACK,
+        "reference": "red",
+        "log_prob": -1.0,
+        "baseline": -3.0,
+        "gap": 0.01,
+        "media": shares,
+    }
+    example |= {"media_tokens": 1.0, "scores": dict.fromkeys(shares, "-500 0 10 999")}
+    return {
+        "by_kind": {
+            "image": {**shares, "media_tokens": 1.0, "gap": 0.01, "n": 1},
+            "interleaved": {**dict.fromkeys(shares, 0.6), "media_tokens": 0.4, "gap": 0.02, "n": 1},
+        },
+        "examples": [example],
+    }
+
+
 def all_results(edge: int = 1024) -> dict[str, Any]:
     """Results of every suite in their documented shapes; `edge` tells runs apart."""
     lengths = (256, 512, 1024, 2048, 4096)
@@ -88,7 +123,7 @@ def all_results(edge: int = 1024) -> dict[str, Any]:
             | {"per_class": {"cat": 0.4, ATTACK: 0.6}}
         },
         "caption": caption
-        | {"image_cider": 1.2, "image_n": 60, "examples": [], "left_out": {"audio_cider": "12 captions"}},
+        | {"image_cider": 1.2, "image_n": 60, "examples": EXAMPLES, "left_out": {"audio_cider": "12 captions"}},
         "masked_lm": {"accuracy": 0.5, "n": 40},
         "next_sentence": {"accuracy": 0.75, "n": 40},
         "swapped_media": {
@@ -112,6 +147,7 @@ def all_results(edge: int = 1024) -> dict[str, Any]:
             },
             "captioning": {"audio/speed": {"loss": [2.0, 2.5, 3.0]}},
         },
+        "attribution": attribution(),
         "loss_by_position": {
             "modalities": {name: {"edges": [[0, 16], [16, 32], [32, 64]], **band} for name in ("all", "image")},
             "truncation": excess,

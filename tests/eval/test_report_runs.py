@@ -70,9 +70,20 @@ class TestPages:
         assert page.scripts == 0
         assert ATTACK not in text
         assert page.sections[: len(SECTIONS)] == list(SECTIONS)
-        assert {"loss", "curves", "evaluations", "data", "skips", "config", "skipped"} <= set(page.sections)
+        assert {
+            "loss",
+            "curves",
+            "evaluations",
+            "pictures",
+            "sounds",
+            "attribution",
+            "data",
+            "skips",
+            "config",
+            "skipped",
+        } <= set(page.sections)
         assert "Found at step 30" in text  # losses alone were found at step 60
-        assert all(address.startswith("#") for address in page.addresses)
+        assert all(address.startswith(("#", "data:")) for address in page.addresses)
 
     def test_two_runs(self, two_runs: tuple[Path, Path], tmp_path: Path) -> None:
         path = mmctx.report(*two_runs, out=tmp_path / "page.html")
@@ -80,10 +91,28 @@ class TestPages:
         page = Page(text)
         assert "<h1>2 runs side by side</h1>" in text
         assert page.scripts == 0
-        assert all(address.startswith("#") for address in page.addresses)
+        assert all(address.startswith(("#", "data:")) for address in page.addresses)
         assert page.sections[: len(SECTIONS)] == list(SECTIONS)
         assert re.search(r"<th>train.optimizer.lr</th>\s*<td[^>]*>0.001</td>\s*<td[^>]*>0.002</td>", text)
-        assert text.count(">passkey by depth, %: short<") == text.count(">passkey by depth, %: long<") == 1  # heat maps beside each other
+        assert (
+            text.count(">passkey by depth, %: short<") == text.count(">passkey by depth, %: long<") == 1
+        )  # heat maps beside each other
+
+    def test_answers_are_drawn_on_their_document(self, two_runs: tuple[Path, Path], held_out: RunData) -> None:
+        run = read_run(two_runs[0])
+        text = render_page([run], {run.name: held_out})
+        drawn = text[text.index('class="cards answers"') : text.index('<section id="data"')]
+        patches = re.findall(
+            r'<rect class="(\w+)" x="([\d.]+)" y="([\d.]+)" width="16.00" height="16.00" opacity="([\d.]+)"', drawn
+        )
+        assert patches[:2] == [
+            ("against", "0.00", "0.00", "0.30"),
+            ("for", "16.00", "16.00", "0.60"),
+        ]  # 10 of 999 is too pale
+        assert len(patches) == 2 * 3  # by three methods
+        assert drawn.count('href="data:image/png') == 1  # the picture once
+        assert drawn.count('href="#a0-0-0"') == 2
+        assert "the held-out data are not at hand" in render_page([run], {})
 
     def test_runs_of_one_name_are_told_apart(self, run_tree: dict[str, Any], tmp_path: Path) -> None:
         runs = [write_run(tmp_path / place / "same", run_tree, steps=5) for place in ("a", "b")]
