@@ -16,10 +16,7 @@ import torch
 from mmctx.config import build_config
 from mmctx.datasets.assemble import RunData, build_data
 from mmctx.eval.report.batch_drawing import count_batch, draw_batch
-from mmctx.eval.report.charts import draw_lines, nice_ticks, short_number
-from mmctx.eval.report.examples import mark_differences
 from mmctx.eval.report.page import write_report
-from mmctx.eval.report.pieces import Lines, Series
 from mmctx.eval.report.run import read_run
 from mmctx.eval.report.training import summarise_losses
 from mmctx.pack import IGNORE_INDEX, Document, MediaItem, PackedBatch, pack_documents
@@ -120,11 +117,6 @@ class Page(HTMLParser):
         self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "poster")]
         if tag == "section":
             self.sections.add(dict(attrs).get("id"))
-
-
-def chart(x, y, reference: float | None = None, smooth: bool = False) -> Lines:
-    """A chart of one series."""
-    return Lines(name="loss", label="loss", series=(Series(label="", x=x, y=y, smooth=smooth),), reference=reference)
 
 
 def rectangles(svg: str, name: str) -> list[float]:
@@ -272,34 +264,3 @@ class TestDrawBatch:
         assert {row["name"]: row["tokens"] for row in counts["modalities"]} == {"text": 489, "image": 4, "audio": 717}
         by_name = {row["name"]: (row["documents"], row["tokens"], row["targets"]) for row in counts["objectives"]}
         assert by_name == {"captioning": (2, 1192, 488), "similarity": (1, 18, 1)}
-
-
-class TestPieces:
-    def test_differences_are_marked_by_word(self) -> None:
-        assert mark_differences("a red cat", "A blue cat") == ("a <del>red</del> cat", "A <ins>blue</ins> cat")
-        assert mark_differences("红色的猫", "红色的狗") == ("红色的<del>猫</del>", "红色的<ins>狗</ins>")
-        assert mark_differences("a", "") == ("<del>a</del>", "")
-
-    @pytest.mark.parametrize(
-        "values", [[1.0], [2.0, 2.0], [0.0, 0.0], [-1.0, 3.0], [1.0, float("nan"), 3.0], [1e-9, 1e9]]
-    )
-    def test_charts_stay_finite_and_inside(self, values: list[float]) -> None:
-        svg = draw_lines(chart(range(len(values)), values, reference=2.0))
-        points = re.findall(r'points="([^"]+)"', svg)[-1].split()
-        assert len(points) == np.isfinite(values).sum()
-        for point in points:
-            x, y = map(float, point.split(","))
-            assert 0 <= x <= 280
-            assert 0 <= y <= 165
-
-    def test_long_series_are_thinned(self) -> None:
-        svg = draw_lines(chart(range(10_000), np.linspace(3, 1, 10_000).tolist(), smooth=True))
-        assert len(re.findall(r'class="line" points="([^"]+)"', svg)[0].split()) == 400
-
-    def test_charts_of_nothing(self) -> None:
-        assert draw_lines(chart([1], [float("nan")])) == ""
-
-    def test_ticks_are_round(self) -> None:
-        assert nice_ticks(0, 1000, 4) == [0, 250, 500, 750, 1000]
-        shown = [short_number(v) for v in (0, 0.0015, 0.25, 12_345, 3.4e6, -2)]
-        assert shown == ["0", "1.5e-3", "0.25", "12.3k", "3.4M", "-2"]

@@ -14,7 +14,7 @@ from mmctx.datasets.view.media import clip_uri, png_uri, spectrogram_uri
 from mmctx.errors import MmctxError
 from mmctx.eval.report.pieces import Cell, Drawing, Note, Row, Section, Table, side_by_side
 from mmctx.eval.report.run import Run
-from mmctx.eval.report.sections.cells import count_cell, number_cell, share_cell
+from mmctx.eval.report.sections.cells import count_cell, number_cell, percent
 from mmctx.eval.segments import Segment, segments_of, shares, sums
 from mmctx.eval.suites.attribution import read_scores
 from mmctx.pack import Document
@@ -100,13 +100,21 @@ def _table_section(results: Mapping[str, Any]) -> Section | None:
 
 
 def _share_cells(found: Mapping[str, Any]) -> list[Cell | None]:
-    return [share_cell(found[method], found["media_tokens"]) for method in _METHODS]
+    tokens = found["media_tokens"]
+    return [Cell(text=percent(found[name]), share=found[name], chance=tokens, tick="tokens") for name in _METHODS]
 
 
 def _card(id: str, run: str, entry: Mapping[str, Any], data: RunData | None) -> dict[str, Any]:
     """What the template shows of one example; without the document, its texts alone."""
     shown = {name: entry[name] for name in ("key", "prediction", "reference", "log_prob", "baseline")}
-    card: dict[str, Any] = {"run": run, "source": entry["location"][0], **shown, "methods": [], "problem": ""}
+    card: dict[str, Any] = {
+        "run": run,
+        "kind": entry["kind"],
+        "source": entry["location"][0],
+        **shown,
+        "methods": [],
+        "problem": "",
+    }
     try:
         document, data = _find(entry, data)
         sounds = _recordings(entry, document, data)

@@ -115,7 +115,8 @@ class _Axes:
             return inside[:: -(-len(inside) // 8)]
         if self.x1 <= self.x0:
             return [self.x0]
-        return nice_ticks(self.x0, self.x1, 4)
+        whole = all(float(x).is_integer() for x in (self.x0, self.x1))
+        return [tick for tick in nice_ticks(self.x0, self.x1, 4) if not whole or float(tick).is_integer()]
 
 
 def _draw_series(number: int, one: _Thinned, axes: _Axes) -> list[str]:

@@ -153,11 +153,10 @@ def _batch_section(drawn: BatchToDraw | None) -> Section | None:
 
 
 def _blocks(parts: Sequence[Part]) -> list[tuple[str, list[Part]]]:
-    """Neighbours that share a grid: charts of one size, heat maps; others stand alone."""
+    """Neighbours that share a grid: small charts; large ones and heat maps. Others stand alone."""
 
     def block(part: Part) -> str:
-        wide = getattr(part, "wide", False)
-        return "wide lines" if part.kind == "lines" and wide else part.kind
+        return "wide" if part.kind == "heat" or getattr(part, "wide", False) else part.kind
 
     return [(kind, list(found)) for kind, found in groupby(parts, block)]
 

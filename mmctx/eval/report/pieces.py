@@ -22,6 +22,7 @@ class Cell:
         text: as it is shown.
         share: 0 to 1, drawn as a bar; None for no bar.
         chance: what guessing reaches, a tick in the bar.
+        tick: what the tick is called where it is something else.
         about: what pointing at it says, such as its interval.
         strong: set in bold colour: what passes.
     """
@@ -29,6 +30,7 @@ class Cell:
     text: str
     share: float | None = None
     chance: float | None = None
+    tick: str = "chance"
     about: str = ""
     strong: bool = False
 
@@ -45,13 +47,16 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """Rows by columns. `name` tells it from the other parts of its section, and `corner` says what its rows are."""
+    """Rows by columns. `name` tells it from the other parts of its section, `corner` says what its rows are, and `of_runs` that columns are
+    runs, in their colours.
+    """
 
     kind: ClassVar[str] = "table"
     name: str
     corner: str
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
+    of_runs: bool = False
 
     def has_bars(self, column: int) -> bool:
         """Whether a column is one of shares, not of figures that stand on the right."""
@@ -213,7 +218,7 @@ def _join_tables(tables: Mapping[str, Table], runs: Sequence[str]) -> Table:
         for (label, column), found in sorted(cells.items(), key=lambda item: order[item[0][0]])
         if any(found.values())
     ]
-    return replace(first, columns=tuple(runs), rows=tuple(rows))
+    return replace(first, columns=tuple(runs), rows=tuple(rows), of_runs=True)
 
 
 def _join_lines(charts: Mapping[str, Lines], runs: Sequence[str]) -> Lines:
@@ -223,4 +228,5 @@ def _join_lines(charts: Mapping[str, Lines], runs: Sequence[str]) -> Lines:
         replace(charts[run].series[0], label=run) if run in charts else replace(nothing, label=run) for run in runs
     ]
     same = len({chart.reference for chart in charts.values()}) == 1
-    return replace(first, series=tuple(series), reference=first.reference if same else None)
+    label = ": ".join(part for part in (first.label, first.series[0].label) if part)
+    return replace(first, label=label, series=tuple(series), reference=first.reference if same else None)

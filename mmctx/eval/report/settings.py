@@ -24,7 +24,7 @@ def settings_section(runs: Sequence[Run]) -> Section | None:
         about = f"{len(rows)} keys differ between the runs." if rows else "The runs have the same configuration."
         if rows:
             columns = tuple(run.name for run in runs)
-            parts.append(Table(name="differences", corner="key", columns=columns, rows=tuple(rows)))
+            parts.append(Table(name="differences", corner="key", columns=columns, rows=tuple(rows), of_runs=True))
     for run in runs:
         if run.settings:
             text = yaml.safe_dump(dict(run.settings), sort_keys=False, allow_unicode=True)

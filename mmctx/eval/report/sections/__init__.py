@@ -19,6 +19,7 @@ from mmctx.eval.report.sections.plain import plain_section
 from mmctx.eval.report.sections.recall import recall_section
 from mmctx.eval.report.sections.retrieval import retrieval_section
 from mmctx.eval.report.sections.robustness import robustness_section
+from mmctx.eval.report.sections.swapped_media import swapped_media_section
 
 SECTIONS: dict[str, Callable[[Mapping[str, Any]], Section | None]] = {
     "retrieval": retrieval_section,
@@ -26,6 +27,7 @@ SECTIONS: dict[str, Callable[[Mapping[str, Any]], Section | None]] = {
     "caption": caption_section,
     "masked_lm": masked_lm_section,
     "next_sentence": next_sentence_section,
+    "swapped_media": swapped_media_section,
     "sts": sts_section,
     "probe": probe_section,
     "robustness": robustness_section,

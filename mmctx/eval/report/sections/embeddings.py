@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmctx.eval.report.pieces import Cell, Row, Section, Table
-from mmctx.eval.report.sections.cells import count_cell, interval, number_cell, score_cell, share_cell
+from mmctx.eval.report.sections.cells import count_cell, interval, score_cell, share_cell
+
+_MAX_CLASSES = 40
 
 
 def sts_section(results: Mapping[str, Any]) -> Section | None:
@@ -63,43 +65,41 @@ def probe_section(results: Mapping[str, Any]) -> Section | None:
 
 
 def zero_shot_section(results: Mapping[str, Any]) -> Section | None:
-    """A row for each view: accuracy of naming the class by the nearest prompt."""
-    views = {name: found for name, found in results.items() if isinstance(found, Mapping)}
-    skipped = {"chance", "low", "high", "interval"}
-    numbers = {
-        name: {key: value for key, value in found.items() if isinstance(value, int | float) and key not in skipped}
-        for name, found in views.items()
-    }
-    numbers = {name: found for name, found in numbers.items() if found}
-    if not numbers:
+    """A row for each medium and objective, and one for each class where there are few."""
+    views = {name: found for name, found in results.items() if isinstance(found, Mapping) and found.get("n")}
+    if not views:
         return None
-    columns = tuple(dict.fromkeys(key for found in numbers.values() for key in found))
+    columns = {"top1": "top 1", "top5": "top 5", "mean_per_class": "mean over classes"}
+    shown = [name for name in columns if any(name in found for found in views.values())]
     rows = [
-        Row(name.replace("_", " "), tuple(_zero_shot_cell(key, views[name]) for key in columns)) for name in numbers
+        Row(view, (*(_zero_shot_cell(name, found) for name in shown), count_cell(found["n"])))
+        for view, found in views.items()
     ]
+    table = Table(
+        name="accuracy", corner="view / objective", columns=(*(columns[name] for name in shown), "n"), rows=tuple(rows)
+    )
+    classes = list(dict.fromkeys(label for found in views.values() for label in found.get("per_class", {})))
+    by_class = [
+        Row(
+            label,
+            tuple(share_cell(found.get("per_class", {}).get(label), found.get("chance")) for found in views.values()),
+        )
+        for label in classes
+    ]
+    parts = [table]
+    if len(classes) <= _MAX_CLASSES and by_class:
+        parts.append(Table(name="classes", corner="class", columns=tuple(views), rows=tuple(by_class)))
     return Section(
         id="zero_shot",
         title="Zero-shot classification",
-        about="Each held-out sample is given the class whose prompts, written out and embedded as texts, lie nearest. The tick is "
-        "what guessing reaches.",
-        parts=(
-            Table(
-                name="accuracy",
-                corner="view",
-                columns=tuple(key.replace("_", " ") for key in columns),
-                rows=tuple(rows),
-            ),
-        ),
+        about="Which of a list of classes does a held-out picture or clip show? That whose texts, embedded, lie nearest, or that "
+        "whose text the model writes likeliest. The tick is what guessing reaches.",
+        parts=tuple(parts),
     )
 
 
-def _zero_shot_cell(key: str, found: Mapping[str, Any]) -> Cell | None:
-    value, chance = found.get(key), found.get("chance")
-    if isinstance(value, int):
-        return count_cell(value)
-    if isinstance(value, float) and 0 <= value <= 1:
-        if isinstance(chance, Mapping):
-            return share_cell(value, chance.get(key))
-        first = next(name for name, number in found.items() if isinstance(number, float))
-        return score_cell(found, key) if key == first else share_cell(value)
-    return number_cell(value)
+def _zero_shot_cell(name: str, found: Mapping[str, Any]) -> Cell | None:
+    chance = found.get("chance")
+    if name == "top1":
+        return score_cell(found, "top1")
+    return share_cell(found.get(name), None if chance is None else min(5 * chance, 1.0) if name == "top5" else chance)

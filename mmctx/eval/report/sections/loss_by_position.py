@@ -9,6 +9,13 @@ from mmctx.eval.report.pieces import Lines, Part, Section, Series
 
 _CURVES = {"truncation": "only the last tokens kept", "shuffle": "what lies before them shuffled"}
 
+_MODALITIES = {
+    "all": "all predictions",
+    "text": "behind text alone",
+    "image": "behind a picture",
+    "audio": "behind a clip",
+}
+
 
 def loss_by_position_section(results: Mapping[str, Any]) -> Section | None:
     """A chart over positions for each modality, and one of what truncation and shuffling cost."""
@@ -20,27 +27,17 @@ def loss_by_position_section(results: Mapping[str, Any]) -> Section | None:
     series = [
         Series(
             label=label,
-            x=found["kept"],
-            y=found["excess"],
-            low=found["excess_low"],
-            high=found["excess_high"],
+            x=curve["kept"],
+            y=curve["excess"],
+            low=curve["excess_low"],
+            high=curve["excess_high"],
             dots=True,
         )
         for name, label in _CURVES.items()
-        if (found := results.get(name) or {}).get("kept")
+        if (curve := results.get(name) or {}).get("kept")
     ]
     if series:
-        chart = Lines(
-            name="excess",
-            label="loss above that with the whole context, nats",
-            series=tuple(series),
-            x_label="tokens kept",
-            reference=0.0,
-            reference_label="whole context",
-            log_x=True,
-            wide=True,
-        )
-        parts.append(chart)
+        parts.insert(1, _excess(series))  # beside the curve of all predictions, which is as large
     if not parts:
         return None
     return Section(
@@ -60,7 +57,7 @@ def _positions(modality: str, found: Mapping[str, Any]) -> Lines | None:
     # the middle of each stretch, on a logarithmic axis, which has no 0
     x = [max((start * end) ** 0.5, end / 2) for start, end in (found["edges"][n] for n in keep)]
     y, low, high = ([found[name][n] for n in keep] for name in ("mean", "low", "high"))
-    label = "all predicted tokens" if modality == "all" else f"tokens predicted in documents: {modality}"
+    label = _MODALITIES.get(modality, modality)
     return Lines(
         name=f"positions {modality}",
         label=label,
@@ -68,4 +65,17 @@ def _positions(modality: str, found: Mapping[str, Any]) -> Lines | None:
         x_label="position in the document",
         log_x=True,
         wide=modality == "all",
+    )
+
+
+def _excess(series: list[Series]) -> Lines:
+    return Lines(
+        name="excess",
+        label="loss above that with the whole context, nats",
+        series=tuple(series),
+        x_label="tokens kept",
+        reference=0.0,
+        reference_label="whole context",
+        log_x=True,
+        wide=True,
     )

@@ -36,26 +36,34 @@ _HOW = (
 
 
 def _effective(results: Mapping[str, Any], kinds: Mapping[str, Any]) -> Table:
-    """A row for each kind: effective lengths, the score at every length, and the controls."""
-    lengths = list(dict.fromkeys(length for found in kinds.values() for length in found["lengths"]))
+    """A row for each kind: effective lengths, and the controls."""
     rules = [rule for rule in _RULES if any(rule in (found.get("effective") or {}) for found in kinds.values())]
     controls = list(dict.fromkeys(name for found in kinds.values() for name in found.get("controls") or {}))
     rows = []
-    if len(kinds) > 1 and results.get("lengths"):
-        cells = [_length_cell((results.get("effective") or {}).get(rule)) for rule in rules]
-        cells += [score_cell(results["lengths"].get(length), "share") for length in lengths]
+    if len(kinds) > 1 and results.get("effective"):
+        cells = [_length_cell(results["effective"].get(rule)) for rule in rules]
         rows.append(Row("mean over kinds", (*cells, *(None for _ in controls))))
     for kind, found in kinds.items():
         cells = [_length_cell((found.get("effective") or {}).get(rule)) for rule in rules]
-        cells += [score_cell(found["lengths"].get(length), "share") for length in lengths]
         cells += [score_cell((found.get("controls") or {}).get(name), "share") for name in controls]
         rows.append(Row(kind.replace("_", " "), tuple(cells)))
-    columns = [
-        *(_RULES[rule] for rule in rules),
-        *(f"{int(n):,} tokens" for n in lengths),
-        *(f"control: {name}" for name in controls),
-    ]
+    columns = [*(_RULES[rule] for rule in rules), *(f"control: {name}" for name in controls)]
     return Table(name="effective", corner="kind", columns=tuple(columns), rows=tuple(rows))
+
+
+def _by_length(kinds: Mapping[str, Any]) -> HeatMap:
+    lengths = sorted({int(length) for found in kinds.values() for length in found["lengths"]})
+    return HeatMap(
+        name="lengths",
+        label="right choices of each kind, %",
+        corner="kind \\ tokens",
+        rows=tuple(kind.replace("_", " ") for kind in kinds),
+        columns=tuple(f"{length:,}" for length in lengths),
+        values=tuple(
+            tuple(score_cell(found["lengths"].get(str(length)), "share") for length in lengths)
+            for found in kinds.values()
+        ),
+    )
 
 
 def _length_cell(found: Mapping[str, Any] | None) -> Cell | None:
@@ -68,23 +76,19 @@ def _length_cell(found: Mapping[str, Any] | None) -> Cell | None:
     )
 
 
-def _curves(results: Mapping[str, Any], kinds: Mapping[str, Any]) -> list[Lines]:
-    """The mean over kinds, and a chart for each kind; a suite of one kind has one chart."""
-    charts = []
+def _curves(results: Mapping[str, Any], kinds: Mapping[str, Any]) -> list[Part]:
+    """The mean over kinds beside a map of them; a suite of one kind has one chart."""
     if len(kinds) > 1 and results.get("lengths"):
-        charts.append(_curve("mean", "mean over kinds", results["lengths"], wide=True))
-    charts += [
-        _curve(kind, kind.replace("_", " "), found["lengths"], wide=len(kinds) == 1) for kind, found in kinds.items()
-    ]
-    return charts
+        return [_curve("mean over kinds", results["lengths"]), _by_length(kinds)]
+    return [_curve(kind.replace("_", " "), found["lengths"]) for kind, found in kinds.items()]
 
 
-def _curve(name: str, label: str, lengths: Mapping[str, Any], *, wide: bool) -> Lines:
+def _curve(label: str, lengths: Mapping[str, Any]) -> Lines:
     points = sorted((int(length), score) for length, score in lengths.items() if score.get("share") is not None)
     y, low, high = ([score.get(key) for _, score in points] for key in ("share", "low", "high"))
     chances = {score["chance"] for _, score in points if score.get("chance") is not None}
     return Lines(
-        name=f"curve {name}",
+        name=f"curve {label}",
         label=label,
         series=(Series(label="", x=[x for x, _ in points], y=y, low=low, high=high, dots=True),),
         x_label="tokens",
@@ -92,7 +96,7 @@ def _curve(name: str, label: str, lengths: Mapping[str, Any], *, wide: bool) -> 
         reference_label="chance",
         log_x=True,
         share=True,
-        wide=wide,
+        wide=True,
     )
 
 
@@ -101,7 +105,7 @@ def _heat_map(kind: str, heat: Mapping[str, Any]) -> HeatMap:
     depths = sorted({depth for found in heat.values() for depth in found}, key=float)
     return HeatMap(
         name=f"heat {kind}",
-        label=kind.replace("_", " "),
+        label=f"{kind.replace('_', ' ')} by depth, %",
         corner="depth \\ tokens",
         rows=tuple(f"{float(depth):.0%}" for depth in depths),
         columns=tuple(f"{int(length):,}" for length in heat),

@@ -65,7 +65,7 @@ def _heat_map(kind: str, heat: Mapping[str, Any]) -> HeatMap:
     depths = list(dict.fromkeys(depth for found in heat.values() for depth in found))
     return HeatMap(
         name=f"heat {kind}",
-        label=f"exact answers by depth: {kind}",
+        label=f"exact answers by depth, %: {kind}",
         corner="depth \\ tokens",
         rows=tuple(depths),
         columns=tuple(f"{int(length):,}" for length in heat),
