@@ -8,7 +8,10 @@ from pydantic import Field, model_validator
 
 from mmctx.config import StrictModel
 from mmctx.datasets.config import SourceConfig
+from mmctx.eval.attribution_config import AttributionConfig
 from mmctx.eval.haystack.config import NeedleConfig, PasskeyConfig, WorldConfig
+from mmctx.eval.position_config import LossByPositionConfig
+from mmctx.eval.quality_config import CaptionEvalConfig, StsConfig, ZeroShotConfig
 
 
 class EvalConfig(StrictModel):
@@ -24,16 +27,26 @@ class EvalConfig(StrictModel):
     """Suites that run every `every` steps, shared out over all processes; their numbers are lines of metrics.jsonl."""
     max_new_tokens: int = Field(default=24, ge=1)
     """Longest caption or transcript."""
+    loss_by_position: LossByPositionConfig = LossByPositionConfig()
+    """What the suite of this name reads."""
     weights: Literal["trained", "ema"] = "trained"
     """Which weights of a checkpoint: as trained last, or their moving average (`train.ema`)."""
+    zero_shot: ZeroShotConfig | None = None
+    """Classes of the suite `zero_shot`."""
     num_examples: int = Field(default=12, ge=0)
     """Pictures and clips shown in the report."""
+    caption: CaptionEvalConfig = CaptionEvalConfig()
+    """Suite `caption`."""
     needle: NeedleConfig = NeedleConfig()
     """Suite `needle`: needles of text, pictures and sound in a haystack."""
     passkey: PasskeyConfig = PasskeyConfig()
     """Suite `passkey`: a hidden number."""
     world: WorldConfig = WorldConfig()
     """Suite `world`: stories of people, places and objects, spread over a haystack."""
+    sts: StsConfig = StsConfig()
+    """Suite `sts`."""
+    attribution: AttributionConfig = AttributionConfig()
+    """The suite `attribution`."""
 
     @model_validator(mode="after")
     def _check(self) -> EvalConfig:
