@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from oracles import Blind, Copier, Knowing
-from two_ranks import evaluate_on_two_ranks
+from two_ranks import on_two_ranks
 
 from mmctx.config import build_config
 from mmctx.datasets.assemble import build_data
@@ -157,8 +157,25 @@ def test_two_ranks_give_the_numbers_of_one(tree: dict[str, Any]) -> None:
     assert {kind: part["lengths"]["512"]["n"] for kind, part in alone["needle"]["kinds"].items()} == dict.fromkeys(
         kinds, 4
     )
-    for together in evaluate_on_two_ranks(context, suites):
+    for together in on_two_ranks(context, lambda one: evaluate(one, suites)):
         assert together == alone
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_real_model_is_asked_in_the_precision_of_its_run(tree: dict[str, Any], bf16: bool) -> None:
+    tree["eval"] |= {
+        "needle": GRID | {"lengths": [512], "kinds": ["single", "picture_count", "sound_value"], "digits": 3}
+    }
+    tree["model"]["transformer"] |= {"windows": [64, None]}
+    context = make_context(tree)
+    torch.manual_seed(0)
+    model = build_model(build_config(RunConfig, tree, "tree"), len(context.data.tokenizer))
+    results = evaluate(replace(context, model=model, bf16=bf16), ["needle"])["needle"]
+    for part in results["kinds"].values():
+        scores = part["lengths"]["512"]
+        assert scores["n"] == 9
+        assert scores["log_prob"] == pytest.approx(math.log(scores["chance"]), rel=0.6)  # untrained: about even
+        assert scores["exact"] == 0.0
 
 
 def test_what_cannot_be_asked_is_said(tree: dict[str, Any], tmp_path: Path) -> None:
