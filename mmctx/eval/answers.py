@@ -6,7 +6,7 @@ Candidates are compared by the sum of their tokens' log-probabilities, which is 
 it needs no choice of a unit of length, and what decides between names often is their first token alone, whose weight a mean over tokens
 would dilute. A sum favours short candidates; that costs every model accuracy, and gives none an advantage, since the right one is drawn
 evenly from the candidates: whoever does not read the document stays at chance. Where the answer is a number all candidates have equally
-many digits, and names are drawn so that none is the beginning of another.
+many digits, and names are drawn so that their lengths are about the same and none is the beginning of another.
 
 Shapes: C candidates, N scored tokens, D width, V vocabulary.
 """

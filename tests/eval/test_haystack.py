@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import book, write_shard
@@ -19,7 +20,7 @@ from mmctx.datasets.assemble import RunData, build_data
 from mmctx.errors import ConfigError
 from mmctx.eval.haystack.build import Prompt, build_prompt, least_tokens
 from mmctx.eval.haystack.config import NEEDLE_KINDS, NeedleConfig, PasskeyConfig, WorldConfig
-from mmctx.eval.haystack.material import named_media
+from mmctx.eval.haystack.material import Named, named_media
 from mmctx.eval.haystack.media_needles import MEDIA_KINDS, draw
 from mmctx.eval.haystack.probe import Lacking, Probe, Speller, size
 from mmctx.eval.haystack.sources import Haystack, Noise, Samples, Texts, open_haystack, sentences, stretch
@@ -27,7 +28,7 @@ from mmctx.eval.haystack.word_list import WordList
 from mmctx.eval.suites.needle import make_kind
 from mmctx.eval.suites.passkey import make_passkey
 from mmctx.eval.suites.world import make_world
-from mmctx.pack import pack_documents
+from mmctx.pack import MediaItem, pack_documents
 from mmctx.train.config import RunConfig
 
 CONFIG = NeedleConfig(candidates=4, digits=4)
@@ -247,6 +248,18 @@ def test_candidates_come_in_random_order(data: RunData) -> None:
     assert max(places.values()) < 140
 
 
+def test_names_of_one_question_are_about_as_long_and_the_right_one_is_any_of_them() -> None:
+    pool = [Named("x" * (1 + n) + f"{n:03d}", MediaItem("image", torch.zeros(1), 1)) for n in range(200)]
+    places: Counter[int] = Counter()
+    for seed in range(600):
+        drawn = draw(pool, 4, np.random.default_rng(seed), "pictures")
+        lengths = [len(one.name) for one in drawn]
+        assert max(lengths) - min(lengths) < 12
+        places[sorted(lengths).index(lengths[0])] += 1  # the first is asked
+    assert set(places) == set(range(4))
+    assert max(places.values()) < 600 / 4 + 4 * np.sqrt(600 * 3 / 16)
+
+
 def test_too_few_names_are_said(data: RunData) -> None:
     media = named_media(data, [], 128)
     with pytest.raises(Lacking, match=r"needs 99 pictures .* have \d+"):
@@ -274,8 +287,6 @@ def test_word_lists_are_clear_in_any_room(asked: int, candidates: int, spare: in
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 400), st.integers(0, 99))
 def test_stretches_are_exact_whatever_stands_in_them(room: int, seed: int) -> None:
-    from mmctx.pack import MediaItem
-
     class Letters:
         def encode(self, text: str) -> np.ndarray:
             return np.frombuffer(text.encode(), np.uint8).astype(np.int64)

@@ -127,6 +127,18 @@ def test_a_short_memory_recalls_what_is_near(context: EvalContext) -> None:
     assert not passes(found["512"]["all"])
 
 
+def test_heat_maps_show_where_memory_ends_for_each_kind(context: EvalContext) -> None:
+    found = evaluate_recall(with_reach(context, 200))
+    for kind in ("recall", "needle", "picture"):
+        heat = found["heat"][kind]
+        assert list(heat) == ["128", "512"]
+        assert all(cell["exact"] == 1.0 for cell in heat["128"].values())
+        row = heat["512"]
+        assert row["0.8-1"]["exact"] == 1.0
+        assert row["0-0.2"]["exact"] < 0.15
+        assert sum(cell["n"] for cell in row.values()) == found["lengths"]["512"][kind]["n"]
+
+
 def test_excerpts_keep_pictures_in_their_place(context: EvalContext) -> None:
     quiz = load_quizzes(context)[0]
     document = quiz.document

@@ -19,6 +19,8 @@ from mmctx.eval.haystack.words import enumerated, keys, listed, numbers, spread
 
 MOST_COUNTED = 5
 """Most pictures in a box."""
+_STRETCH = 3
+"""How many times as many names as are drawn lie close enough in length."""
 _BOXES = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -125,22 +127,31 @@ def picture_sound(
 
 
 def draw(pool: Sequence[Named], number: int, rng: np.random.Generator, plural: str) -> list[Named]:
-    """So many pictures or clips, no name the beginning of another or a part of it in whole words.
+    """So many pictures or clips in random order, their names of about the same length, none the beginning of another or a part of it
+    in whole words.
+
+    They come from a stretch of the pool in the order of lengths: as any of them may be the right one, a preference for short or long
+    names gains nothing, and it costs little. Where the stretch does not suffice the rest of the pool is taken in.
 
     Raises:
         Lacking: there are not so many.
     """
+    by_length = sorted(pool, key=lambda one: (len(one.name), one.name))
+    width = min(_STRETCH * number, len(pool))
+    start = int(rng.integers(len(pool) - width + 1))
+    near = (start + rng.permutation(width)).tolist()
+    far = rng.permutation([n for n in range(len(pool)) if not start <= n < start + width]).tolist()
     chosen: list[Named] = []
-    for place in rng.permutation(len(pool)).tolist():
+    for place in map(int, [*near, *far]):
         if len(chosen) == number:
             break
-        name = _padded(pool[place].name)
+        name = _padded(by_length[place].name)
         taken = [_padded(one.name) for one in chosen]
         if not any(name in other or other in name or _begins(name, other) for other in taken):
-            chosen.append(pool[place])
+            chosen.append(by_length[place])
     if len(chosen) < number:
         raise Lacking(f"needs {number} {plural} with names of their own; the held-out samples have {len(chosen)}")
-    return chosen
+    return [chosen[n] for n in rng.permutation(number).tolist()]
 
 
 def _padded(name: str) -> str:
