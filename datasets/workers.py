@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from torch.utils.data import DataLoader, get_worker_info
@@ -45,6 +47,8 @@ class ReadingBoard:
 class WatchedLoader:
     """Batches of a `DataLoader` with workers, in order; what goes wrong with a worker is an error that says what it was reading.
 
+    When an iterator over them is closed, or forgotten, its workers end at once.
+
     Args:
         loader: over a `PackedDataset`.
         board: of its workers.
@@ -57,19 +61,26 @@ class WatchedLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        batches = iter(self.loader)
-        for number in range(1 << 62):
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if not str(error).startswith("DataLoader"):  # what a worker raised itself
-                    raise
-                message = self.explain(error, number % self.board.num_workers)
-                self._kill(batches)
-                raise DataError(message) from error
-            yield batch
+        others = multiprocessing.active_children()
+        batches: Any = iter(self.loader)
+        workers = [process for process in multiprocessing.active_children() if process not in others]
+        end = atexit.register(partial(_end, workers, os.getpid()))  # before multiprocessing and torch wait for them
+        try:
+            for number in range(1 << 62):
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
+                except RuntimeError as error:
+                    if not str(error).startswith("DataLoader"):  # what a worker raised itself
+                        raise
+                    raise DataError(self.explain(error, number % self.board.num_workers)) from error
+                yield batch
+        finally:
+            end()
+            atexit.unregister(end)
+            with suppress(Exception):
+                batches._shutdown_workers()  # takes their ids from torch's handler of SIGCHLD
 
     def explain(self, error: Exception, due: int) -> str:
         """What is known about a worker that hangs or has died: the one whose batch is due, or whichever is gone."""
@@ -87,16 +98,13 @@ class WatchedLoader:
         where = self.loader.dataset.describe(source, sample)  # type: ignore[attr-defined]
         return f"loader worker {worker} (process {pid}) was reading {where}, for {seconds:.0f} s; {remedy} ({error})"
 
-    def _kill(self, batches: Any) -> None:
-        """Workers ignore SIGTERM, and this process could not end while one of them hangs."""
-        pids = {self.board.read(worker)[0] for worker in range(self.board.num_workers)}
-        for process in multiprocessing.active_children():
-            if process.pid in pids:
-                with suppress(RuntimeError):  # torch's handler of SIGCHLD takes it for an accident
-                    process.kill()
-                    process.join()
-        with suppress(Exception):
-            batches._shutdown_workers()  # takes their ids from that handler
+
+def _end(workers: list[Any], owner: int) -> None:
+    """Whatever they are at: they ignore SIGTERM, and this process could not end before them. They only read."""
+    for process in workers if os.getpid() == owner else ():  # not in a fork of theirs
+        with suppress(RuntimeError):  # torch's handler of SIGCHLD takes it for an accident
+            process.kill()
+            process.join()
 
 
 class StartWorker:

@@ -12,7 +12,8 @@ from mmctx import config as config_module
 from mmctx import eval as evaluation
 from mmctx.datasets.assemble import RunData, build_data
 from mmctx.datasets.planning.plan import Plan
-from mmctx.errors import ConfigError, DataError
+from mmctx.errors import ConfigError, DataError, MmctxError
+from mmctx.eval.report.run import is_run, read_run
 from mmctx.eval.results import add_results
 from mmctx.model import MmctxModel
 from mmctx.pack import PackedBatch
@@ -83,6 +84,73 @@ def evaluate(
     return results
 
 
+def report(*runs: str | Path, out: str | Path | None = None) -> Path:
+    """Writes one self-contained page about a run, or about several side by side, from what their folders hold.
+
+    Nothing is evaluated: the page shows curves, what `evaluate` found before, and examples with their media where the held-out shards are
+    still at hand.
+
+    Args:
+        runs: run folders.
+        out: the page; by default `report.html` in the folder of the one run, or beside the first of several.
+
+    Returns:
+        Its path.
+
+    Raises:
+        DataError: a folder holds no run.
+    """
+    from mmctx.datasets.view.render import write_page
+    from mmctx.eval.report.page import BatchToDraw, render_page
+
+    folders = _named([Path(run) for run in runs])
+    first = next(iter(folders.values()))
+    path = Path(out) if out is not None else (first if len(folders) == 1 else first.resolve().parent) / "report.html"
+    found = [read_run(folder, name if len(folders) > 1 else None) for name, folder in folders.items()]
+    configs = {run.name: _data_config(folder) for run, folder in zip(found, folders.values(), strict=True)}
+    held_out = {
+        name: _or_none(lambda c=config: build_dataset(c, held_out=True)) for name, config in configs.items() if config
+    }
+    batch, config = None, configs[found[0].name]
+    if len(found) == 1 and config and (packed := _first_batch(config)):
+        batch = BatchToDraw(packed, config.data.bin_tokens)
+    write_page(path, render_page(found, held_out, batch))
+    return path
+
+
+def _named(folders: Sequence[Path]) -> dict[str, Path]:
+    """Run folders by the name that a page calls them: the folder's, with as many folders above it as it takes to tell them apart."""
+    if not folders:
+        raise DataError("there is no run to report on: name a run folder, such as runs/demo")
+    for folder in folders:
+        if not is_run(folder):
+            raise DataError(f"{folder}: not a run folder: it holds no metrics.jsonl, eval.json or config.yaml")
+    whole = list(dict.fromkeys(folder.resolve() for folder in folders))
+    for depth in range(1, max(len(folder.parts) for folder in whole) + 1):
+        names = ["/".join(folder.parts[-depth:]) for folder in whole]
+        if len(set(names)) == len(whole):
+            break
+    return dict(zip(names, whole, strict=True))
+
+
+def _data_config(folder: Path) -> RunConfig | None:
+    """A run's configuration with the tokenizer of its newest checkpoint; None where this version of mmctx cannot build it."""
+    try:
+        config = config_module.load_config(RunConfig, folder / "config.yaml")
+    except ConfigError:
+        return None
+    checkpoints = list_checkpoints(folder)
+    return _with_tokenizer(config, checkpoints[-1]) if checkpoints else config
+
+
+def _or_none(build: Callable[[], RunData]) -> RunData | None:
+    """Data that may have gone: of another machine, or deleted since."""
+    try:
+        return build()
+    except MmctxError:
+        return None
+
+
 def _context(
     folder: Path, overrides: Sequence[str], progress: Callable[[str, int, int], None] | None
 ) -> tuple[evaluation.EvalContext, RunConfig]:
@@ -120,7 +188,8 @@ def recall_curve(
         progress: called with (suite, done, total).
 
     Returns:
-        `{"step", "label", "lengths": {length: score}}` of each checkpoint, in order; see `mmctx.eval.suites.recall.score`.
+        `{"step", "label", "lengths": {length: score}, "heat": {kind: {length: {depths: score}}}}` of each checkpoint, in order; see
+        `mmctx.eval.suites.recall.score`.
     """
     curve = []
     for folder in list_checkpoints(Path(run_dir)):
@@ -130,13 +199,14 @@ def recall_curve(
             continue  # saved on the way
         verify(folder, optimizer=False)
         context, config = _context(folder, overrides, progress)
-        found = evaluation.evaluate(context, ["recall"])["recall"].get("lengths", {})
-        scores = {length: by_kind["all"] for length, by_kind in found.items()}
+        found = evaluation.evaluate(context, ["recall"])["recall"]
+        scores = {length: by_kind["all"] for length, by_kind in found.get("lengths", {}).items()}
         curve.append(
             {
                 "step": step,
                 "label": f"after stage {stage.number + 1}: {config.data.context_length:,} tokens",
                 "lengths": scores,
+                "heat": found.get("heat", {}),
             }
         )
     return curve
@@ -157,9 +227,8 @@ def _overridden(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
 
 def _first_batch(config: RunConfig) -> PackedBatch | None:
     """A training batch to draw; None where the training shards are not at hand, as on another machine."""
-    try:
-        data = build_dataset(config)
-    except DataError:
+    data = _or_none(lambda: build_dataset(config))
+    if data is None:
         return None
     return data.dataset[Plan(config.data, data.tables, config.train.seed).step(0)[0]]
 
@@ -173,5 +242,6 @@ __all__ = [
     "load_config",
     "load_model",
     "recall_curve",
+    "report",
     "train",
 ]

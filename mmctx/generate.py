@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from mmctx.kv_cache import KVCache
 from mmctx.model import MmctxModel
@@ -22,12 +23,28 @@ def generate(model: MmctxModel, prompts: PackedBatch, eos_id: int, max_new_token
     Returns:
         New token ids of each prompt, in the order of the batch.
     """
+    hidden, cache = read_prompts(model, prompts, max_new_tokens)
+    return continue_greedily(model, hidden, cache, eos_id, max_new_tokens)
+
+
+@torch.no_grad()
+def read_prompts(model: MmctxModel, prompts: PackedBatch, max_new_tokens: int) -> tuple[Tensor, KVCache]:
+    """The last hidden state of each prompt (B, D), and a cache with room for `max_new_tokens` more.
+
+    Raises:
+        ValueError: the batch holds bidirectional documents.
+    """
     if prompts.layout.num_causal != len(prompts.layout.lengths):
         raise ValueError("generation continues causal documents; the batch holds bidirectional ones")
     cache = KVCache(max_new_tokens)
-    cache.advance(prompts.layout)
-    hidden = model.trunk(model.embed(prompts), model.positions(prompts), prompts.layout, cache)  # (T, D)
-    hidden = hidden[prompts.layout.cu_seqlens[1:].long() - 1]  # (B, D) last state of each prompt
+    return model.prefill(prompts, cache), cache
+
+
+@torch.no_grad()
+def continue_greedily(
+    model: MmctxModel, hidden: Tensor, cache: KVCache, eos_id: int, max_new_tokens: int
+) -> list[list[int]]:
+    """The likeliest tokens after prompts that `read_prompts` read; see `generate`."""
     tokens, finished = [], torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
     for place in range(max_new_tokens):
         if place:

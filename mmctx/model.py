@@ -6,9 +6,10 @@ Shapes: T tokens, D width, V vocabulary, S media slots, R rows of an encoder's o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from mmctx.activations import ActivationsConfig
@@ -16,7 +17,7 @@ from mmctx.config import StrictModel
 from mmctx.encoders.audio import AudioEncoder, AudioEncoderConfig
 from mmctx.encoders.image import ImageEncoder, ImageEncoderConfig
 from mmctx.errors import ConfigError
-from mmctx.kv_cache import KVCache
+from mmctx.kv_cache import Branches, KVCache
 from mmctx.layout import DocumentLayout
 from mmctx.objectives import AnyObjective, ComparingHalf, LossSum, Roster, build_model_halves
 from mmctx.objectives.token_loss import TokenLoss
@@ -159,6 +160,26 @@ class MmctxModel(nn.Module):
     def next_token_logits(self, hidden: Tensor) -> Tensor:
         """Logits (N, vocab_size) of hidden states (N, D), for generation."""
         return hidden @ self.head_weight[: self.vocab_size].T
+
+    def prefill(self, prompts: PackedBatch, cache: KVCache) -> Tensor:
+        """Reads prompts into an empty cache: the last hidden state of each, (B, D)."""
+        cache.advance(prompts.layout)
+        hidden = self.trunk(self.embed(prompts), self.positions(prompts), prompts.layout, cache)  # (T, D)
+        return hidden[prompts.layout.cu_seqlens[1:].long() - 1]
+
+    def branch(self, continuations: Sequence[Tensor], cache: KVCache, row: int) -> Tensor:
+        """Hidden states (T, D) of several continuations of one prompt, laid end to end.
+
+        Args:
+            continuations: ids of each, text alone.
+            cache: after `prefill`; it stays as it is.
+            row: the prompt's number.
+        """
+        ids = torch.cat(list(continuations))
+        lengths = [len(part) for part in continuations]
+        layout = DocumentLayout.from_lengths(lengths, len(lengths), device=ids.device)
+        branches = Branches(cache, row, layout)
+        return self.trunk(self.embedding(ids), branches.positions, layout, branches)
 
     def step(self, input_ids: Tensor, cache: KVCache) -> Tensor:
         """One generation step: ids (B,) in, hidden states (B, D) out."""

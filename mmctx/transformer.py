@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mmctx.activations import KEEP_ALL, ActivationsConfig, in_tiles, recompute
 from mmctx.compiling import run
 from mmctx.config import StrictModel
-from mmctx.kv_cache import KVCache
+from mmctx.kv_cache import Branches, KVCache
 from mmctx.layout import DocumentLayout
 from mmctx.offload import HostOffload
 from mmctx.parallel.dropout import shard_dropout
@@ -118,7 +118,9 @@ class Attention(nn.Module):
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         return rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope), v
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: DocumentLayout, cache: KVCache | None) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: DocumentLayout, cache: KVCache | Branches | None
+    ) -> Tensor:
         """What the tokens of a document tell each other: (T, H, d)."""
         if cache is None:
             return sequence_attention(q, k, v, layout, window=self.window, backend=self.backend)
@@ -163,7 +165,7 @@ class Block(nn.Module):
         return self.training and self.activations.recomputes(self.layer)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], layout: DocumentLayout, cache: KVCache | None = None
+        self, x: Tensor, rope: tuple[Tensor, Tensor], layout: DocumentLayout, cache: KVCache | Branches | None = None
     ) -> Tensor:
         """See the class."""
         compiler = self.compiler if cache is None else None  # generation calls with sizes of its own
@@ -234,7 +236,7 @@ class Transformer(nn.Module):
                 nn.init.normal_(out.weight, std=0.02 / math.sqrt(2 * self.config.depth))
 
     def forward(
-        self, embeddings: Tensor, position_ids: Tensor, layout: DocumentLayout, cache: KVCache | None = None
+        self, embeddings: Tensor, position_ids: Tensor, layout: DocumentLayout, cache: KVCache | Branches | None = None
     ) -> Tensor:
         """See the class.
 
@@ -242,7 +244,7 @@ class Transformer(nn.Module):
             embeddings: (T, D).
             position_ids: (T,) int64, restarting at 0 in each document; or (T, 3), see `grid_positions`.
             layout: document boundaries.
-            cache: keys and values of earlier calls, for generation.
+            cache: keys and values of earlier calls, for generation and for the scoring of answers.
         """
         rope = self.rope(position_ids, embeddings.dtype)
         x = embeddings

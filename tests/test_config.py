@@ -38,7 +38,10 @@ def test_overrides_reach_nested_keys_and_lists(file: Path) -> None:
         ("train.step=7", ["train.step", "'steps'", "run.yaml"]),
         ("data.sources.triples.weigth=1", ["data.sources.triples.weigth", "'weight'"]),
         ("objectives.captioning={kind: similarity, pair: []}", ["key 'objectives.captioning.pair'", "'pairs'"]),
-        ("objectives.other={kind: captioning, pair: []}", ["key 'objectives.other.pair'", "here: kind, text, weight"]),
+        (
+            "objectives.other={kind: captioning, pair: []}",
+            ["key 'objectives.other.pair'", "here: kind, label_smoothing, prompt, prompt_text, text, weight"],
+        ),
         ("objectives.similarity.pairs=[[1, image]]", ["key 'objectives.similarity.pairs.0.0'", "1"]),
         ("eval.sources.heldout={shards: a.tar}", ["key 'eval.sources.heldout.objectives' is required"]),
         ("objectives.similarity.pair=[]", ["key 'objectives.similarity.pair'", "'pairs'"]),

@@ -6,6 +6,7 @@ import ast
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -57,17 +58,31 @@ def test_python_names_exist() -> None:
 
 
 def test_yaml_holds_together() -> None:
-    """The sections are of one run."""
-    sections = {name: part for lang, block in BLOCKS if lang == "yaml" for name, part in yaml.safe_load(block).items()}
-    assert sections.keys() == {"data", "schedule", "objectives", "augment"}
+    """The sections are of one run; a section may be shown piece by piece."""
+    sections: dict[str, Any] = {}
+    for block in [block for language, block in BLOCKS if language == "yaml"]:
+        join(sections, yaml.safe_load(block))
+    assert sections.keys() == {"data", "schedule", "objectives", "augment", "train"}
     pairs = sections["data"]["sources"]["pairs"]
     pairs["augment"] = sections.pop("augment")
     config = build_config(DataConfig, sections["data"], "README.md")
     assert config.sources.keys() == sections["data"]["sources"].keys()
     run = {"run": {"name": "readme"}, "model": {}} | sections
-    first, second = build_config(RunConfig, run, "README.md").stages
+    whole = build_config(RunConfig, run, "README.md")
+    assert whole.train.distribution.kind == "fsdp2"
+    assert whole.data.worker_timeout == 600
+    first, second = whole.stages
     assert first.config.model.transformer.windows == (512, 512, None)
     assert second.config.data.context_length == 32768
+
+
+def join(whole: dict[str, Any], piece: dict[str, Any]) -> None:
+    """Adds a piece's keys to `whole`, in place; where a key is shown twice the later value holds."""
+    for key, value in piece.items():
+        if isinstance(value, dict) and isinstance(whole.get(key), dict):
+            join(whole[key], value)
+        else:
+            whole[key] = value
 
 
 def test_linked_files_exist() -> None:

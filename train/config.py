@@ -118,6 +118,11 @@ class RunConfig(StrictModel):
             raise ValueError(
                 "train.audit looks at whole models, and train.distribution.kind: fsdp2 splits them; run `mmctx audit CONFIG` instead"
             )
+        if self.train.optimizer.kind == "adafactor" and self.train.distribution.kind == "fsdp2":
+            raise ValueError(
+                "train.optimizer.kind: adafactor (PyTorch's) cannot take means over the rows and columns of matrices that "
+                "train.distribution.kind: fsdp2 splits; use adamw or muon, or distribution.kind: ddp"
+            )
         pieces = {"activations.mlp_tile": self.train.activations.mlp_tile, "compile": self.train.compile}
         if ranks > 1 and self.model.transformer.dropout and (used := [name for name, value in pieces.items() if value]):
             raise ValueError(

@@ -96,7 +96,7 @@ def main() -> None:
         del theirs
 
         def loss() -> torch.Tensor:
-            found = ours(batch)["captioning"]
+            found = ours.losses(batch)["captioning"]
             return found.total / found.count
 
     for parameter in model.parameters():  # gradients are there: what is measured beyond them is activations

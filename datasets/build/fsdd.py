@@ -12,7 +12,7 @@ from mmctx.datasets.build.members import LeftOut, Medium, Rendered, plain_sample
 from mmctx.datasets.build.rows import stamp
 from mmctx.datasets.build.stream import Item
 from mmctx.datasets.build.writer import BuildOptions, Source, build_shards, listed, mix
-from mmctx.errors import DataError
+from mmctx.errors import ConfigError, DataError
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 NUM_TEST = 5
@@ -20,15 +20,19 @@ NUM_TEST = 5
 _NAME = re.compile(r"(?:^|/)((\d)_([a-z]+)_(\d+))\.wav$")
 
 
-def build_fsdd(out: Path, archive: Path, *, options: BuildOptions | None = None) -> dict[str, Any]:
-    """Shards ``train/`` and ``test/`` of (speech, word); see `build_shards` for what is written.
+def build_fsdd(out: Path, archive: Path, *, num_dev: int = 0, options: BuildOptions | None = None) -> dict[str, Any]:
+    """Shards ``train/`` and ``test/`` of (speech, word), and ``dev/`` with `num_dev`; see `build_shards` for what is written.
 
     Args:
         archive: the set as a tar, compressed or not, or the folder it unpacks to.
+        num_dev: recordings of each speaker and digit, from number 5 on, that are held back from training to choose settings on.
 
     Raises:
         DataError: it is not there, or holds no recording.
+        ConfigError: `num_dev` is negative.
     """
+    if num_dev < 0:
+        raise ConfigError(f"dev should be at least 0 recordings of each speaker and digit, found {num_dev}")
     if not archive.exists():
         raise DataError(f"{archive}: not found; fetch the Free Spoken Digit Dataset and name its archive or folder")
     items: list[Item] = []
@@ -40,18 +44,18 @@ def build_fsdd(out: Path, archive: Path, *, options: BuildOptions | None = None)
                 left_out.append(LeftOut(name, "bad_name", "expected DIGIT_SPEAKER_NUMBER.wav"))
             continue
         key, digit, speaker, number = match[1], int(match[2]), match[3], int(match[4])
-        split = "test" if number < NUM_TEST else "train"
+        split = "test" if number < NUM_TEST else "dev" if number < NUM_TEST + num_dev else "train"
         items.append(Item(key, (medium, digit, speaker, number), split=split))
     if not items:
         raise DataError(f"{archive}: holds no recording named DIGIT_SPEAKER_NUMBER.wav")
     source = Source(
         kind="fsdd",
         origin=str(archive.absolute()),
-        recipe=stamp([archive]),
+        recipe=[stamp([archive]), num_dev] if num_dev else stamp([archive]),
         items=listed(mix(items)),
         render=_render,
         total=len(items),
-        splits=("train", "test"),
+        splits=("train", "dev", "test") if num_dev else ("train", "test"),
         left_out=left_out,
     )
     return build_shards(source, out, options or BuildOptions())

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from mmctx.datasets.build.members import LeftOut, Medium, Rendered, plain_sample
 from mmctx.datasets.build.package import installed
 from mmctx.datasets.build.rows import stamp as stamp_files
 from mmctx.datasets.build.stream import Item
-from mmctx.datasets.build.writer import BuildOptions, Source, build_shards, listed, mix
+from mmctx.datasets.build.writer import BuildOptions, Source, build_shards, is_heldout, listed, mix
 from mmctx.errors import ConfigError, DataError, SampleError
 
 FOLDER = Path("/usr/share/tuxpaint/stamps")
@@ -53,9 +54,10 @@ def build_stamps(
     view: View = "spoken",
     languages: Sequence[str] = (),
     image_size: int = 256,
+    shuffled: bool = False,
     options: BuildOptions | None = None,
 ) -> dict[str, Any]:
-    """Shards of stamps; see `build_shards` for what is written. Stamps with one English caption are held out together.
+    """Shards of stamps; see `build_shards` for what is written. Stamps that share a caption in any language are held out together.
 
     Args:
         folder: of the stamps.
@@ -64,6 +66,8 @@ def build_stamps(
             ``sounding``: one for each stamp with a noise: picture, English caption, noise.
         languages: of captions, such as ``fr``, ``zh_CN``; all by default.
         image_size: width of stamps that are drawn from SVG, in pixels.
+        shuffled: a control: in training, give pictures and clips the captions of other stamps. What is held out stays right, and a
+            model that was trained on such pairs must be at chance there.
 
     Raises:
         DataError: the stamps are not there, or none is left.
@@ -78,12 +82,23 @@ def build_stamps(
     if view not in ("spoken", "captioned", "sounding"):
         raise ConfigError(f"view should be spoken, captioned or sounding, found {view!r}")
     wanted = set(languages) or known
-    items = mix(item for stamp in stamps for item in _items(stamp, view, wanted, left_out))
+    groups = caption_groups(stamps)
+    options = options or BuildOptions()
+    items = mix(item for stamp in stamps for item in _items(stamp, view, wanted, groups[stamp.name], left_out))
+    if shuffled:
+        items = _shuffle_captions(items, options.heldout)
     files = [Path(p) for s in stamps for p in (s.picture, *s.spoken.values(), s.sound) if p]
     source = Source(
         kind="stamps",
         origin=f"{folder} as {view}",
-        recipe=[stamp_files(sorted(files)), sorted(wanted), image_size, _drawn_by(), [s.captions for s in stamps]],
+        recipe=[
+            stamp_files(sorted(files)),
+            sorted(wanted),
+            image_size,
+            _drawn_by(),
+            [s.captions for s in stamps],
+            groups,
+        ],
         items=listed(items),
         render=functools.partial(_render, image_size=image_size),
         total=len(items),
@@ -94,7 +109,22 @@ def build_stamps(
             "languages": dict(Counter(item.payload[1] for item in items).most_common()),
         },
     )
-    return build_shards(source, out, options or BuildOptions())
+    return build_shards(source, out, options)
+
+
+def _shuffle_captions(items: Sequence[Item], heldout: float) -> list[Item]:
+    """Each training item says what the one before it in its language says; the first, what the last does."""
+    before: dict[str, dict[str, str]] = {}
+    found = []
+    for item in (*items, *items):  # of the second round, in which all have one before them
+        stamp, language, clip = item.payload
+        if is_heldout(item.group, heldout):
+            found.append(item)
+        else:
+            captions = before.get(language, stamp.captions)
+            found.append(replace(item, payload=(replace(stamp, captions=captions), language, clip)))
+            before[language] = stamp.captions
+    return found[len(items) :]
 
 
 def read_stamps(folder: Path, left_out: list[LeftOut]) -> list[Stamp]:
@@ -137,8 +167,29 @@ def _spoken(stem: Path) -> dict[str, str]:
     return found
 
 
-def _items(stamp: Stamp, view: View, wanted: set[str], left_out: list[LeftOut]) -> list[Item]:
-    group = stamp.captions["en"].lower()
+def caption_groups(stamps: Sequence[Stamp]) -> dict[str, str]:
+    """A group for each stamp, by name: stamps that share a caption in some language, directly or over others, have the same one.
+
+    Two stamps may be told apart in English and not in French: held out one by one, one's caption would be in training. Case and
+    punctuation do not count.
+    """
+    leader = {stamp.name: stamp.name for stamp in stamps}
+
+    def find(name: str) -> str:
+        while leader[name] != name:
+            name = leader[name]
+        return name
+
+    first: dict[tuple[str, str], str] = {}
+    for stamp in stamps:
+        for language, caption in stamp.captions.items():
+            same = first.setdefault((language, re.sub(r"\W+", " ", caption.lower()).strip()), stamp.name)
+            one, other = sorted((find(stamp.name), find(same)))
+            leader[other] = one
+    return {name: find(name) for name in leader}
+
+
+def _items(stamp: Stamp, view: View, wanted: set[str], group: str, left_out: list[LeftOut]) -> list[Item]:
     if view == "captioned":
         return [Item(safe_key(stamp.name), (stamp, "en", None), group)] if "en" in wanted else []
     if view == "sounding":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,20 @@ def readable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8").translate(_CONTROL)
 
 
-def render(template: str, **values: Any) -> str:
-    """A page from one of the templates beside this file; every string is made readable and escaped.
+def render(
+    template: str,
+    *,
+    folder: Path = Path(__file__).parent,
+    filters: Mapping[str, Callable[..., Any]] | None = None,
+    **values: Any,
+) -> str:
+    """A page from a template; every string is made readable and escaped.
+
+    Args:
+        template: its file's name.
+        folder: where it lies, by default beside this file.
+        filters: more than the usual ones.
+        values: for the template.
 
     Raises:
         MmctxError: jinja2 is not installed.
@@ -28,14 +41,14 @@ def render(template: str, **values: Any) -> str:
     except ImportError:
         raise MmctxError("the page needs jinja2: pip install 'mmctx[eval]'") from None
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(folder),
         autoescape=True,  # keys and texts come from data
         undefined=StrictUndefined,
         finalize=lambda value: readable(value) if type(value) is str else value,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"bytes": _bytes, "embedded": _embedded}
+    environment.filters |= {"bytes": _bytes, "embedded": _embedded, **(filters or {})}
     return environment.get_template(template).render(**values)
 
 

@@ -24,6 +24,7 @@ app.add_typer(data_app, name="data")
 for name, command in {
     "train": runs.train,
     "eval": runs.evaluate,
+    "report": runs.report,
     "plan": runs.plan,
     "replay": runs.replay,
     "doctor": doctor.doctor,
@@ -34,6 +35,7 @@ for name, command in {
 data_app.add_typer(build.app, name="build")
 for name, command in {
     "convert": convert.data_convert,
+    "tokenizer": data.data_tokenizer,
     "index": data.data_index,
     "check": data.data_check,
     "stats": data.data_stats,

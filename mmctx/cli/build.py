@@ -170,6 +170,10 @@ def stamps(
         list[str] | None, typer.Option(help="Such as fr or zh_CN; may be repeated. All by default.")
     ] = None,
     image_size: Annotated[int, typer.Option(help="Width of stamps drawn from SVG, in pixels.")] = 256,
+    shuffled: Annotated[
+        bool,
+        typer.Option("--shuffled", help="A control: training captions of other stamps; what is held out stays right."),
+    ] = False,
     heldout: Heldout = 0.1,
     per_shard: PerShard = 1000,
     shard_mb: ShardMb = 256,
@@ -180,7 +184,7 @@ def stamps(
     from mmctx.datasets.build.stamps import FOLDER, build_stamps
 
     limits = (heldout, per_shard, shard_mb, workers)
-    arguments = {"view": view, "languages": language or (), "image_size": image_size}
+    arguments = {"view": view, "languages": language or (), "image_size": image_size, "shuffled": shuffled}
     run(build_stamps, as_json, limits, out=out, folder=source or FOLDER, **arguments)
 
 
@@ -245,6 +249,9 @@ def recall(
 def fsdd(
     out: Out,
     source: Annotated[Path, typer.Argument(help="fsdd.tar.gz, or the folder it unpacks to.")],
+    dev: Annotated[
+        int, typer.Option(help="Training recordings of each speaker and digit that go to dev/, to choose settings on.")
+    ] = 0,
     per_shard: PerShard = 1000,
     shard_mb: ShardMb = 256,
     workers: Workers = None,
@@ -253,4 +260,4 @@ def fsdd(
     """The Free Spoken Digit Dataset, in its own split."""
     from mmctx.datasets.build.fsdd import build_fsdd
 
-    run(build_fsdd, as_json, (0.0, per_shard, shard_mb, workers), out=out, archive=source)
+    run(build_fsdd, as_json, (0.0, per_shard, shard_mb, workers), out=out, archive=source, num_dev=dev)

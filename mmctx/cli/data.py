@@ -1,4 +1,4 @@
-"""Commands about shards: index, check, stats, view."""
+"""Commands about shards: tokenizer, index, check, stats, view."""
 
 from __future__ import annotations
 
@@ -47,6 +47,22 @@ def data_index(
             paths, loaded, texts, workers, lambda done, total: show("index", done, total), force=force
         )
     answer = summarise(indexed)
+    print_answer(answer, as_json, table(answer))
+
+
+def data_tokenizer(
+    out: Annotated[Path, typer.Argument(help="Folder of the tokenizer; what it holds is replaced.")],
+    shards: Annotated[list[str], typer.Argument(help="Training shards, with {0000..0099} braces or wildcards.")],
+    text: Annotated[
+        list[str] | None, typer.Option(help="Where texts stand: txt, json:names.zh. May be repeated.")
+    ] = None,
+    vocab_size: Annotated[int, typer.Option(help="Entries at most.")] = 2048,
+    as_json: Json = False,
+) -> None:
+    """Train a small byte-level BPE tokenizer on the texts of shards."""
+    from mmctx.datasets.build.tokenizer import build_tokenizer
+
+    answer = build_tokenizer(out, shards, texts=tuple(text or ["txt"]), vocab_size=vocab_size)
     print_answer(answer, as_json, table(answer))
 
 

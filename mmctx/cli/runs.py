@@ -55,6 +55,29 @@ def evaluate(
     print_answer(results, as_json, _summary({"results": results}))
 
 
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The page; by default report.html in the run's folder, or beside several.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write one page about a run, or about several side by side: curves, results, examples, what differs. Evaluates nothing."""
+    from mmctx import api
+    from mmctx.eval.report.run import read_run
+    from mmctx.eval.results import ABOUT
+
+    path = api.report(*runs, out=out)
+    answer: dict[str, Any] = {"report": str(path), "runs": {}}
+    for folder in runs:
+        run = read_run(folder)
+        answer["runs"][str(folder)] = {
+            "step": run.results.get("step"),
+            "suites": [n for n in run.results if n not in ABOUT],
+        }
+    print_answer(answer, as_json, str(path))
+
+
 def plan(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
     """Show what a run will read, compute and need, stage by stage, before it runs."""
     from mmctx import api

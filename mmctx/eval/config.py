@@ -8,17 +8,10 @@ from pydantic import Field, model_validator
 
 from mmctx.config import StrictModel
 from mmctx.datasets.config import SourceConfig
-
-
-class LossByPositionConfig(StrictModel):
-    """Suite `loss_by_position`."""
-
-    documents: int = Field(default=64, ge=1)
-    """The longest held-out documents, so many, are read with less of their context and with it shuffled."""
-    targets: int = Field(default=64, ge=1)
-    """What is scored there: so many predictions at the end of each."""
-    kept: tuple[int, ...] = (16, 64, 256, 1024, 4096, 16384)
-    """Tokens in front of them that stay as they are; documents that have no more are left out of that point."""
+from mmctx.eval.attribution_config import AttributionConfig
+from mmctx.eval.haystack.config import NeedleConfig, PasskeyConfig, WorldConfig
+from mmctx.eval.position_config import LossByPositionConfig
+from mmctx.eval.quality_config import CaptionEvalConfig, StsConfig, ZeroShotConfig
 
 
 class EvalConfig(StrictModel):
@@ -38,8 +31,22 @@ class EvalConfig(StrictModel):
     """What the suite of this name reads."""
     weights: Literal["trained", "ema"] = "trained"
     """Which weights of a checkpoint: as trained last, or their moving average (`train.ema`)."""
+    zero_shot: ZeroShotConfig | None = None
+    """Classes of the suite `zero_shot`."""
     num_examples: int = Field(default=12, ge=0)
     """Pictures and clips shown in the report."""
+    caption: CaptionEvalConfig = CaptionEvalConfig()
+    """Suite `caption`."""
+    needle: NeedleConfig = NeedleConfig()
+    """Suite `needle`: needles of text, pictures and sound in a haystack."""
+    passkey: PasskeyConfig = PasskeyConfig()
+    """Suite `passkey`: a hidden number."""
+    world: WorldConfig = WorldConfig()
+    """Suite `world`: stories of people, places and objects, spread over a haystack."""
+    sts: StsConfig = StsConfig()
+    """Suite `sts`."""
+    attribution: AttributionConfig = AttributionConfig()
+    """The suite `attribution`."""
 
     @model_validator(mode="after")
     def _check(self) -> EvalConfig:

@@ -109,7 +109,7 @@ class Similarity:
         views = {view: part for view in self.config.views if (part := found.get(view)) is not None}
         if len(views) < 2:
             return []
-        return [self._document(sample, view, part) for view, part in views.items()]
+        return [self.view_document(sample, view, part) for view, part in views.items()]
 
     def _views(self, sample: Sample, rng: np.random.Generator) -> dict[str, np.ndarray | MediaItem | None]:
         found: dict[str, np.ndarray | MediaItem | None] = {}
@@ -121,7 +121,8 @@ class Similarity:
             found |= {"span0": spans[0], "span1": spans[1]}
         return found
 
-    def _document(self, sample: Sample, view: str, part: np.ndarray | MediaItem) -> Document:
+    def view_document(self, sample: Sample, view: str, part: np.ndarray | MediaItem) -> Document:
+        """The document of one view: `part`, as a view of `sample`."""
         input_ids, media = lay_out([part, self._ending], self.tokenizer.placeholder_ids)
         mean = self.config.pooling == "mean"
         return Document(

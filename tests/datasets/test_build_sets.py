@@ -88,6 +88,46 @@ class TestStamps:
         assert found.keys() == keys
         assert all((sample.audio is None) == (arguments.get("view") == "captioned") for sample in found.values())
 
+    def test_shuffled_captions_are_a_control(self, tmp_path: Path, tokenizer) -> None:
+        """In training each picture and clip has another stamp's caption of the same language; held-out ones keep their own."""
+        folder = tmp_path / "stamps"
+        folder.mkdir()
+        for number in range(20):
+            (folder / f"{number}.png").write_bytes(encode_image(random_pixels(number, 6, 6), "PNG"))
+            (folder / f"{number}.txt").write_text(f"number {number}\nfr.utf8=nombre {number}\n")
+            for language in ("", "_fr"):
+                (folder / f"{number}_desc{language}.ogg").write_bytes(ogg(number))
+        options = BuildOptions(num_workers=1, heldout=0.3)
+        found = {}
+        for shuffled in (False, True):
+            build_stamps(tmp_path / str(shuffled), folder, shuffled=shuffled, options=options)
+            found[shuffled] = {
+                split: read_back(shards_of(tmp_path / str(shuffled), split), tokenizer)
+                for split in ("train", "heldout")
+            }
+        for split, texts in found[False].items():
+            said = {key: tokenizer.decode(sample.texts[0]) for key, sample in found[True][split].items()}
+            own = {key: tokenizer.decode(sample.texts[0]) for key, sample in texts.items()}
+            assert said.keys() == own.keys()
+            assert sorted(said.values()) == sorted(own.values())
+            same = [said[key] == own[key] for key in own]
+            assert all(same) if split == "heldout" else not any(same)
+            assert all(torch.equal(texts[k].image.values, found[True][split][k].image.values) for k in own)
+        assert found[False]["heldout"]
+
+    def test_stamps_that_share_a_caption_are_one_group(self) -> None:
+        captions = [
+            {"en": "A sheep.", "fr": "Un mouton."},
+            {"en": "A ram.", "fr": "Un bélier", "es": "Un carnero."},
+            {"en": "A lamb.", "fr": "un mouton!"},  # as the sheep, in French
+            {"en": "A goat.", "es": "un  carnero"},  # as the ram, in Spanish
+            {"en": "A yak.", "de": "Un mouton."},  # the same words of another language
+        ]
+        found = [stamps.Stamp(str(number), "x.png", texts, {}, None) for number, texts in enumerate(captions)]
+        groups = stamps.caption_groups(found)
+        assert groups == stamps.caption_groups(found[::-1])
+        assert groups == {"0": "0", "2": "0", "1": "1", "3": "1", "4": "4"}
+
     def test_wrong_arguments(self, folder: Path, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="no caption in xx; there are en, fr, zh_CN"):
             build_stamps(tmp_path / "out", folder, languages=["xx"], options=OPTIONS)
@@ -107,10 +147,11 @@ class TestStamps:
         summary = build_stamps(tmp_path, languages=["nl", "en"], options=options)
         assert summary["languages"] == {"nl": 67, "en": 65}
         assert sum(summary["counts"].values()) == 132
-        captions = [
+        captions = [  # of all languages, also those that were not asked for
             {
-                json.loads(sample["json"])["names"]["en"].lower()
+                (language, caption.lower())
                 for sample in webdataset.WebDataset(paths, shardshuffle=False)
+                for language, caption in json.loads(sample["json"])["names"].items()
             }
             for paths in ([str(p) for p in shards_of(tmp_path, split)] for split in ("train", "heldout"))
         ]
@@ -226,6 +267,19 @@ class TestDigits:
             assert test.keys() == {"0_ann_0", "7_bob_4"}
             assert [tokenizer.decode(ids) for ids in train["7_bob_5"].texts] == ["seven", "bob"]
             np.testing.assert_array_equal(train["7_bob_5"].audio.values[1:, 0], random_clip(5, 80))
+
+    def test_recordings_held_back_to_choose_settings(self, tmp_path: Path, tokenizer) -> None:
+        folder = tmp_path / "recordings"
+        folder.mkdir()
+        for number in (4, 5, 6, 7):
+            (folder / f"3_ann_{number}.wav").write_bytes(encode_audio(random_clip(1, 80), 8000, "WAV", "FLOAT"))
+        build_fsdd(tmp_path / "out", folder, num_dev=2, options=OPTIONS)
+        found = {
+            split: set(read_back(shards_of(tmp_path / "out", split), tokenizer)) for split in ("train", "dev", "test")
+        }
+        assert found == {"train": {"3_ann_7"}, "dev": {"3_ann_5", "3_ann_6"}, "test": {"3_ann_4"}}
+        with pytest.raises(ConfigError, match="at least 0"):
+            build_fsdd(tmp_path / "other", folder, num_dev=-1, options=OPTIONS)
 
     def test_absent_and_damaged(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="Free Spoken Digit Dataset"):

@@ -22,7 +22,7 @@ from mmctx.train.config import RunConfig
 from mmctx.train.loop import train
 
 pytest.importorskip("aiohttp", reason="needs the extra `remote`")
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 STEPS, BEFORE = 40, 8
 DOWN = 2.0  # seconds without a server
@@ -80,7 +80,7 @@ def test_a_restart_of_the_server_changes_nothing(
         stalled = len(read_lines(far / "metrics.jsonl"))
         assert process.poll() is None
         nginx.start()
-        _, errors = process.communicate(timeout=200)
+        _, errors = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode == 0, errors[-3000:]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -92,3 +96,32 @@ def test_errors_of_samples_come_through_as_they_are(tree: dict[str, Any], corpus
     os.truncate(copy / "books-000000.tar", 1024)
     with pytest.raises(DataError, match=r"books-000000\.tar: offset \d+: sample 'book"):
         list(loader_of(data))
+
+
+def test_workers_end_with_the_iterator_and_with_the_process(tree: dict[str, Any], tmp_path: Path) -> None:
+    """They ignore SIGTERM, by which multiprocessing would end them."""
+    tree["data"]["num_workers"] = 2
+    config = build_config(RunConfig, tree, "tree")
+    data = build_data(config.data, config.data.sources, config.model, config.objectives, seed=0)
+    others = multiprocessing.active_children()
+    batches = iter(loader_of(data))
+    next(batches)
+    assert len(multiprocessing.active_children()) == len(others) + 2
+    began = time.monotonic()
+    batches.close()  # type: ignore[attr-defined]
+    assert multiprocessing.active_children() == others
+    assert time.monotonic() - began < 5
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(tree))
+    code = f"""
+import mmctx
+from mmctx.datasets.fetch import StepSampler, make_loader
+from mmctx.datasets.planning.plan import Plan
+data = mmctx.build_dataset(mmctx.load_config({str(path)!r}))
+batches = iter(make_loader(data.dataset, StepSampler(Plan(data.config, data.tables, 0), 0, 50), data.config))
+next(batches)
+raise RuntimeError("a script that breaks")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "a script that breaks" in done.stderr

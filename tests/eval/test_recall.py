@@ -17,7 +17,9 @@ from mmctx.datasets.assemble import build_data
 from mmctx.datasets.build.recall import build_recall
 from mmctx.errors import DataError
 from mmctx.eval import EvalContext, evaluate
-from mmctx.eval.report.recall import recall_section
+from mmctx.eval.report.charts import draw_lines
+from mmctx.eval.report.pieces import Lines, Table
+from mmctx.eval.report.sections.recall import recall_section
 from mmctx.eval.suites.recall import evaluate_recall, excerpt, load_quizzes, passes, wilson_interval, without_facts
 from mmctx.pack import PackedBatch
 from mmctx.train.config import RunConfig
@@ -183,8 +185,10 @@ def test_the_report_draws_a_line_for_each_stage(context: EvalContext) -> None:
     ]
     section = recall_section({**full, "stages": stages})
     assert section is not None
-    assert section["svg"].count("<polyline") == 2
-    assert section["svg"].count("<circle") == 4
-    assert "<b>" not in section["svg"]
-    assert [row["passes"] for row in section["rows"]] == [True, True]
+    curve, kinds = (part for part in section.parts if isinstance(part, Lines | Table))
+    svg = draw_lines(curve)
+    assert svg.count("<polyline") == 2
+    assert svg.count("<circle") == 4
+    assert "<b>" not in svg
+    assert [row.cells[-1].text for row in kinds.rows] == ["yes", "yes"]
     assert recall_section({}) is None

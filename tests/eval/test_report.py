@@ -16,9 +16,12 @@ import torch
 from mmctx.config import build_config
 from mmctx.datasets.assemble import RunData, build_data
 from mmctx.eval.report.batch_drawing import count_batch, draw_batch
+from mmctx.eval.report.charts import draw_lines, nice_ticks, short_number
 from mmctx.eval.report.examples import mark_differences
-from mmctx.eval.report.page import summarise_losses, write_report
-from mmctx.eval.report.plots import line_chart, nice_ticks, short_number
+from mmctx.eval.report.page import write_report
+from mmctx.eval.report.pieces import Lines, Series
+from mmctx.eval.report.run import read_run
+from mmctx.eval.report.training import summarise_losses
 from mmctx.pack import IGNORE_INDEX, Document, MediaItem, PackedBatch, pack_documents
 from mmctx.train.config import RunConfig
 
@@ -75,7 +78,7 @@ def run_dir(tmp_path: Path) -> Path:
         lines.append({"step": 10 * number, "loss": loss, "loss/captioning": loss, "loss/rare": rare, **numbers})
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "metrics.jsonl").write_text(text + '{"step": 60, "lo')
-    manifest = {"parameters": 1_234_567, "usable_samples": 48, "device": "cpu", "processes": 1, "python": "3.11.2"}
+    manifest = {"parameters": 1_234_567, "samples": 48, "device": "cpu", "processes": 1, "python": "3.11.2"}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"versions": {"torch": "2.99.7"}}))
     return tmp_path
 
@@ -119,6 +122,11 @@ class Page(HTMLParser):
             self.sections.add(dict(attrs).get("id"))
 
 
+def chart(x, y, reference: float | None = None, smooth: bool = False) -> Lines:
+    """A chart of one series."""
+    return Lines(name="loss", label="loss", series=(Series(label="", x=x, y=y, smooth=smooth),), reference=reference)
+
+
 def rectangles(svg: str, name: str) -> list[float]:
     """Widths of the rectangles of a class."""
     return [float(width) for width in re.findall(rf'<rect class="{name}[ \w]*" [^>]*?width="([\d.]+)"', svg)]
@@ -126,20 +134,25 @@ def rectangles(svg: str, name: str) -> list[float]:
 
 class TestSummariseLosses:
     def test_first_line_and_mean_of_the_last_three(self, run_dir: Path) -> None:
-        summary = summarise_losses(run_dir, {"captioning": {"held_out": 2.5, "n": 70}})
+        summary = summarise_losses(read_run(run_dir, results={"loss": {"captioning": {"held_out": 2.5, "n": 70}}}))
         assert summary["captioning"] == {"first": 8.0, "last": 2.0, "held_out": 2.5, "n": 70}
 
     def test_lines_without_the_objective_do_not_count(self, run_dir: Path) -> None:
-        assert summarise_losses(run_dir, {})["rare"] == {"first": 4.0, "last": 4.0}
+        assert summarise_losses(read_run(run_dir))["rare"] == {"first": 4.0, "last": 4.0}
 
     def test_held_out_alone(self, tmp_path: Path) -> None:
-        assert summarise_losses(tmp_path, {"new": {"held_out": 1.0, "n": 2}}) == {"new": {"held_out": 1.0, "n": 2}}
+        found = {"new": {"held_out": 1.0, "n": 2}}
+        assert summarise_losses(read_run(tmp_path, results={"loss": found})) == found
 
 
 class TestWriteReport:
     def test_nothing_is_loaded_from_elsewhere(self, run_dir: Path, results, config, data, batch) -> None:
         page = Page(write_report(run_dir, results, config, data, batch))
-        assert [a[:15] for a in page.addresses] == ["data:image/png;", "data:image/png;", "data:audio/flac"]
+        assert [a[:15] for a in page.addresses if not a.startswith("#")] == [
+            "data:image/png;",
+            "data:image/png;",
+            "data:audio/flac",
+        ]
         assert "script" not in page.tags
         assert "link" not in page.tags
         assert not re.search(r"url\(|@import", page.text)
@@ -175,12 +188,12 @@ class TestWriteReport:
     def test_unusable_held_out_samples_are_shown_if_there_are_any(self, run_dir: Path, config, data) -> None:
         page = Page(write_report(run_dir, {"skipped": {"undecodable_image": 7}}, config, data))
         assert "skipped" in page.sections
-        assert '<tr><th>undecodable_image</th><td class="number">7</td></tr>' in page.text
+        assert re.search(r'<th>undecodable_image</th>\s*<td class="number">7</td>', page.text)
         assert "skipped" not in Page(write_report(run_dir, {"skipped": {}}, config, data)).sections
 
     def test_an_objective_that_was_only_held_out(self, tmp_path: Path, config, data) -> None:
-        loss = summarise_losses(tmp_path, {"new": {"held_out": 1.0, "n": 2}})
-        assert "loss" in Page(write_report(tmp_path, {"loss": loss}, config, data)).sections
+        found = {"loss": {"new": {"held_out": 1.0, "n": 2}}}
+        assert "loss" in Page(write_report(tmp_path, found, config, data)).sections
 
     @pytest.mark.parametrize("suite", sorted(SUITE_SECTIONS - {"loss"}))  # losses are the training's, too
     def test_suites_that_did_not_run_leave_no_section(self, run_dir: Path, results, config, data, suite: str) -> None:
@@ -271,7 +284,7 @@ class TestPieces:
         "values", [[1.0], [2.0, 2.0], [0.0, 0.0], [-1.0, 3.0], [1.0, float("nan"), 3.0], [1e-9, 1e9]]
     )
     def test_charts_stay_finite_and_inside(self, values: list[float]) -> None:
-        svg = line_chart("loss", range(len(values)), values, reference=2.0)
+        svg = draw_lines(chart(range(len(values)), values, reference=2.0))
         points = re.findall(r'points="([^"]+)"', svg)[-1].split()
         assert len(points) == np.isfinite(values).sum()
         for point in points:
@@ -280,11 +293,11 @@ class TestPieces:
             assert 0 <= y <= 165
 
     def test_long_series_are_thinned(self) -> None:
-        svg = line_chart("loss", range(10_000), np.linspace(3, 1, 10_000).tolist())
+        svg = draw_lines(chart(range(10_000), np.linspace(3, 1, 10_000).tolist(), smooth=True))
         assert len(re.findall(r'class="line" points="([^"]+)"', svg)[0].split()) == 400
 
     def test_charts_of_nothing(self) -> None:
-        assert line_chart("loss", [1], [float("nan")]) == ""
+        assert draw_lines(chart([1], [float("nan")])) == ""
 
     def test_ticks_are_round(self) -> None:
         assert nice_ticks(0, 1000, 4) == [0, 250, 500, 750, 1000]

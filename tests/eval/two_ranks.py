@@ -1,35 +1,44 @@
-"""Two ranks in one process: two threads that meet at every gather."""
+"""Two ranks without processes: threads that wait for each other whenever they gather."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import pickle
+import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from threading import Barrier
-from typing import Any
+from typing import Any, TypeVar
 
-from mmctx.eval import EvalContext, Ranks, evaluate
+from mmctx.eval import EvalContext, Ranks
 
-SIZE = 2
+Found = TypeVar("Found")
 
 
-def evaluate_on_two_ranks(context: EvalContext, suites: Sequence[str]) -> list[dict[str, Any]]:
-    """What each of two ranks finds; `context` is that of one rank alone."""
-    barrier, shared = Barrier(SIZE, timeout=300), [None] * SIZE
+def on_two_ranks(context: EvalContext, evaluate: Callable[[EvalContext], Found]) -> list[Found]:
+    """What `evaluate` finds on rank 0 and on rank 1 of two, which share its work. What they gather is pickled, as between processes.
 
-    def one(rank: int) -> dict[str, Any]:
-        def gather(own: Any) -> list[Any]:
-            shared[rank] = own
-            barrier.wait()
-            found = list(shared)
-            barrier.wait()  # nobody writes before everybody has read
-            return found
+    A rank that fails ends the other's waiting, too, and its error is raised.
+    """
+    barrier = threading.Barrier(2)
+    board: list[bytes] = [b"", b""]
+
+    def work(rank: int) -> Found:
+        def gather(found: Any) -> list[Any]:
+            board[rank] = pickle.dumps(found)
+            barrier.wait(timeout=300)
+            everyone = [pickle.loads(part) for part in board]
+            barrier.wait(timeout=300)  # nobody writes before both have read
+            return everyone
 
         try:
-            return evaluate(replace(context, ranks=Ranks(rank, SIZE, gather), progress=None), suites)
+            return evaluate(replace(context, ranks=Ranks(rank, 2, gather)))
         except BaseException:
             barrier.abort()
             raise
 
-    with ThreadPoolExecutor(SIZE) as pool:
-        return list(pool.map(one, range(SIZE)))
+    with ThreadPoolExecutor(2) as pool:
+        pending = [pool.submit(work, rank) for rank in range(2)]
+    errors = [error for future in pending if (error := future.exception()) is not None]
+    for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+        raise error
+    return [future.result() for future in pending]

@@ -46,6 +46,7 @@ CASES = {
     ),
     "fsdp2, kept": Case(5, {"distribution": {"kind": "fsdp2", "reshard_after_forward": False}}),
     "fsdp2, sequence parallel": Case(5, {"distribution": {"kind": "fsdp2"}}, 2),
+    "fsdp2, muon": Case(5, {"distribution": {"kind": "fsdp2"}, "optimizer": {"kind": "muon"}}),
     "fsdp2, bf16": Case(5, {"distribution": {"kind": "fsdp2"}, "precision": "bf16"}),
 }
 
@@ -93,8 +94,8 @@ def losses(tree: dict[str, Any], case: Case) -> torch.Tensor:
     for step, bins in enumerate(random_steps(data, case.steps)):
         whole = bins[mesh.data_rank :: mesh.data_size]
         parts = [mesh.shard(batch) for batch in whole]
-        muster = sums.muster(model, whole, parts)
         numbers = range(mesh.data_rank, BINS, mesh.data_size)
+        muster = sums.muster(model, numbers, whole, parts)
         micro_batches = [MicroBatch(step * BINS + n, part) for n, part in zip(numbers, parts, strict=True)]
         totals = gradient_step(micro_batches, muster)
         norm = clip_gradients(wrapped, accelerator, config.train.optimizer.clip_norm)

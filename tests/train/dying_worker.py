@@ -8,8 +8,7 @@ import time
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from mmctx.cli import main
-from mmctx.train import loop
-from mmctx.train.optim import learning_rate
+from mmctx.train.optim import learning_rate, update
 
 
 def break_down(step: int, *rest) -> float:
@@ -21,5 +20,5 @@ def break_down(step: int, *rest) -> float:
 
 
 if __name__ == "__main__":
-    loop.learning_rate = break_down
+    update.learning_rate = break_down
     record(main)(["train"])

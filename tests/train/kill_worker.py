@@ -3,7 +3,8 @@
     python tests/train/kill_worker.py TREE.json OUT.json KILLS SECONDS
 
 Each child is a process of its own that trains the run of the tree from its newest checkpoint. SIGKILL comes at a random instant, after so
-many seconds of training on average.
+many seconds of training on average; at the latest when the child has written one checkpoint more, so that a machine that is faster by then
+leaves something to kill. Every third kill waits for that checkpoint and comes while the next one is written.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from mmctx.config import build_config
 from mmctx.errors import CheckpointError
 from mmctx.jsonl import read_lines
 from mmctx.train.build import build_model
-from mmctx.train.checkpoints.layout import list_checkpoints, newest_whole, step_of
+from mmctx.train.checkpoints.layout import final_path, list_checkpoints, newest_whole, step_of
 from mmctx.train.checkpoints.manifest import verify
 from mmctx.train.config import RunConfig
 from mmctx.train.course import build_course
@@ -47,6 +49,20 @@ def fork(config: RunConfig, log: Path) -> int:
         print(repr(error), file=sys.stderr)
     finally:
         os._exit(code)
+
+
+def wait(pid: int, ready: Callable[[], bool], seconds: float = 100) -> None:
+    """Until the child is where it is wanted, has ended, or so much time has passed."""
+    deadline = time.monotonic() + seconds
+    while not ready() and time.monotonic() < deadline:
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return
+        time.sleep(0.001)
+
+
+def half_written(run_dir: Path) -> int:
+    """Step of the checkpoint that is being written, 0 for none."""
+    return max((int(path.name.rpartition("-")[2]) for path in run_dir.glob(".partial-checkpoint-*")), default=0)
 
 
 def newest(run_dir: Path) -> int:
@@ -89,11 +105,15 @@ def main(tree_path: str, out: str, kills: str, seconds: str) -> None:
     for kill in range(int(kills)):
         before = newest(run_dir)
         pid = fork(config, log)
-        while rng.random() < 0.9 or kill % 4:  # three in four wait until it trains, the others for a moment
-            if resumed_at(log) >= 0 or os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-                break
-            time.sleep(0.01)
-        time.sleep(2 * rng.random() * float(seconds))
+        delay = 2 * rng.random() * float(seconds)
+        if kill % 3 == 0:
+            wait(pid, lambda before=before: half_written(run_dir) > before + 1)
+            time.sleep(rng.random() * 0.004)
+        elif kill % 4:
+            wait(pid, lambda: resumed_at(log) >= 0)
+            wait(pid, lambda before=before: final_path(run_dir, before + 1).exists(), delay)
+        else:  # while it opens the run
+            time.sleep(delay)
         os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         found.append({"before": before, "resumed": resumed_at(log), "status": status, **state_of(run_dir)})

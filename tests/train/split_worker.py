@@ -1,4 +1,4 @@
-"""One rank of `test_split.py`, and the global steps that it and the single process both compute.
+"""One rank of `test_exact_split.py`, and the global steps that it and the single process both compute.
 
     torchrun --nproc-per-node 4 tests/train/split_worker.py TREE.json OUT.pt
 

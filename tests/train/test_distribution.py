@@ -24,8 +24,8 @@ from mmctx.train.config import RunConfig
 from mmctx.train.distribution import is_sharded
 from mmctx.train.loop import train
 
-TOLERANCE = {"fsdp2, bf16": 0.05}
-"""Relative; 1e-9 where nothing else is said: everything else is in double precision."""
+TOLERANCE = {"fsdp2, bf16": 0.05, "fsdp2, muon": 1e-3}
+"""Relative; 1e-9 where nothing else is said: everything else is in double precision. Muon's iterations are in bfloat16."""
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +42,13 @@ def frugal_tree(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 def alone(frugal_tree: dict[str, Any]) -> dict[str, torch.Tensor]:
     """What one process finds."""
     long = distribution_worker.losses(frugal_tree, distribution_worker.Case(200, {}))
-    rough = distribution_worker.losses(frugal_tree, distribution_worker.Case(5, {"precision": "bf16"}))
-    return {name: rough if "bf16" in name else long[: case.steps] for name, case in distribution_worker.CASES.items()}
+    others = {"bf16": {"precision": "bf16"}, "muon": {"optimizer": {"kind": "muon"}}}
+    short = {
+        name: distribution_worker.losses(frugal_tree, distribution_worker.Case(5, others[name])) for name in others
+    }
+    return {
+        name: short.get(name.rpartition(" ")[2], long)[: case.steps] for name, case in distribution_worker.CASES.items()
+    }
 
 
 @pytest.mark.slow
@@ -72,6 +77,11 @@ def test_what_does_not_go_together_is_refused(tree: dict[str, Any]) -> None:
     tree["train"] |= {"audit": True, "distribution": {"kind": "fsdp2"}}
     with pytest.raises(ConfigError, match="run `mmctx audit CONFIG` instead"):
         build_config(RunConfig, tree, "tree")
+    tree["train"] |= {"audit": False, "optimizer": {"kind": "adafactor"}}
+    with pytest.raises(ConfigError, match=r"adafactor .* fsdp2 splits; use adamw or muon"):
+        build_config(RunConfig, tree, "tree")
+    tree["train"]["optimizer"] = {"kind": "muon"}
+    build_config(RunConfig, tree, "tree")
 
 
 def one_node(ranks: int, *command: str) -> Sequence[Popen]:
@@ -88,7 +98,7 @@ def two_nodes(ranks: int, *command: str) -> Sequence[Popen]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_what_two_processes_saved_in_parts_one_and_four_go_on_from(frugal_tree: dict[str, Any], tmp_path: Path) -> None:
     """Four steps of FSDP2 on two processes; from the second again on one, on four, and on two that hold everything. Losses are those of
     one process.

@@ -6,22 +6,29 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from tiny import words, write_shard
 
 from mmctx.config import build_config
 from mmctx.datasets.assemble import build_data
 from mmctx.datasets.planning.plan import Plan
+from mmctx.objectives import Roster
 from mmctx.pack import PackedBatch
 from mmctx.train.build import build_model
 from mmctx.train.config import RunConfig
 from mmctx.train.memory import estimate_memory
 from mmctx.train.optim import build_optimizer
 from mmctx.train.peak import measure_peak
+from mmctx.train.step import GradientStep, MicroBatch
+from mmctx.train.sums import Muster
+
+BESIDES = ("total", "peak_at", "host_copies")
 
 POLICIES = [
     {},
@@ -49,7 +56,7 @@ def size(name):  # not ru_maxrss, which starts from the size of the process that
 before = size("VmRSS")
 mmctx.train(config)
 peak = size("VmHWM")
-print(json.dumps({"estimate": estimate["total"], "resident": (peak - before) * 1024}))
+print(json.dumps({"estimate": estimate["total"] + estimate["host_copies"], "resident": (peak - before) * 1024}))
 """
 
 
@@ -65,12 +72,17 @@ def measure_step(config: RunConfig, batch: PackedBatch, vocab_size: int) -> int:
     """Bytes at the worst moment of the second step, beyond weights, moments and batches."""
     model = build_model(config, vocab_size).train()
     optimizer = build_optimizer(model, config.train.optimizer)
+    accelerator = Accelerator(cpu=True)
+    ones = dict.fromkeys(config.objectives, 1)
+    batches = [
+        replace(batch, pairs={view: tuple(id + (bin << 30) for id in ids) for view, ids in batch.pairs.items()})
+        for bin in range(config.data.bins_per_step)
+    ]
+    gradient_step = GradientStep(accelerator, model, model, dict.fromkeys(ones, 1.0))
+    muster = Muster(ones, ones, Roster.of(*batches))
 
     def step() -> None:
-        for _ in range(config.data.bins_per_step):
-            losses = model.losses(batch)
-            torch.stack([loss.total for loss in losses.values()]).sum().backward()
-            del losses
+        gradient_step([MicroBatch(0, batch) for batch in batches], muster)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -117,11 +129,13 @@ def test_parts_make_the_total_and_the_peak_has_a_place(tree: dict[str, Any]) -> 
     tree["data"]["bins_per_step"] = 2
     config, batch, vocab_size = open_run(tree)
     plain = estimate_memory(config, batch, vocab_size)
-    assert plain["total"] == sum(size for part, size in plain.items() if part not in ("total", "peak_at"))
+    assert plain["total"] == sum(size for part, size in plain.items() if part not in BESIDES)
     assert plain["peak_at"].startswith(("backward of", "forward of"))
+    assert plain["objectives"] > 0
     weights = sum(p.nbytes for p in build_model(config, vocab_size).parameters())
     assert plain["gradients"] == weights
     assert plain["optimizer"] == 2 * weights
+    assert plain["host_copies"] == plain["weights"] + plain["optimizer"]
     assert weights <= plain["weights"] < 1.01 * weights + 2**20  # buffers besides
     frugal = config.train.model_copy(
         update={"activations": config.train.activations.model_copy(update={"checkpoint": "full"})}
@@ -135,10 +149,10 @@ def test_parts_make_the_total_and_the_peak_has_a_place(tree: dict[str, Any]) -> 
 def test_a_process_that_trains_grows_as_foretold(
     tree: dict[str, Any], tmp_path: Path, activations: dict[str, Any]
 ) -> None:
-    """Three steps of a run in a process of its own, by its resident size."""
+    """Three steps of a run in a process of its own, each saved, by its resident size."""
     tree["data"] |= {"context_length": 2048, "bin_tokens": 2048, "window_steps": 1, "bins_per_step": 1}
     tree["model"]["transformer"] |= {"width": 384, "mlp_width": 1024, "depth": 8 if activations else 4}
-    tree["train"] |= {"steps": 3, "save_every": 1000, "activations": activations}
+    tree["train"] |= {"steps": 3, "save_every": 1, "activations": activations}
     tree["eval"] = {}
     path = tmp_path / "run.yaml"
     path.write_text(json.dumps(tree))

@@ -18,11 +18,14 @@ from tiny import damaged
 from mmctx.config import build_config, dump_config
 from mmctx.jsonl import read_lines
 from mmctx.parallel.mesh import Mesh
+from mmctx.train.checkpoints.manifest import OPTIMIZER
+from mmctx.train.checkpoints.optimizer_state import read_tensors
 from mmctx.train.config import RunConfig
 from mmctx.train.loop import train
 
-TOLERANCES = {"fp64": (1e-12, 1e-11), "fp32": (1e-6, 1e-5), "bf16": (2e-2, 1e-1)}
-"""Of losses and of gradients, relative to the largest element of the tensor, or to 0.01 if that is more."""
+TOLERANCES = {"fp64": (1e-12, 1e-11), "fp32": (1e-6, 1e-4), "bf16": (2e-2, 1e-1)}
+"""Of losses and of gradients, relative to the largest element of the tensor, or to 0.01 if that is more. In fp32 the gradient of
+similarity's scale is a sum whose terms cancel: it depends on the machine's order of adding up."""
 
 
 def torchrun(ranks: int, *command: str, launch: Sequence[str] = ("--standalone",)) -> subprocess.Popen:
@@ -107,11 +110,10 @@ def test_a_run_goes_on_under_any_mesh(tree: dict[str, Any], corpus: Path, tmp_pa
     ledgers = [[line for path in d.glob("skips*.jsonl") for line in read_lines(path)] for d in (whole, shared)]
     assert sorted(map(str, ledgers[0])) == sorted(map(str, ledgers[1]))
     for step in (1, 2):
-        path = Path(f"checkpoint-{step}") / "trainer" / "optimizer.pt"
-        want, found = (torch.load(run_dir / path)["state"] for run_dir in (whole, shared))
-        for number, state in want.items():
-            # weights differ by roundings after step 1
-            compare(found[number], state, (0, 1e-5 if step == 1 else 1e-4), f"step {step}, parameter {number}")
+        want, found = (read_tensors(run_dir / f"checkpoint-{step}" / OPTIMIZER) for run_dir in (whole, shared))
+        assert any(name.endswith("/exp_avg") for name in want)
+        # weights differ by roundings after step 1
+        compare(found, want, (0, 1e-5 if step == 1 else 1e-4), f"step {step}")
 
 
 def config_of(tree: dict[str, Any], name: str, steps: int, sequence_parallel: int) -> RunConfig:

@@ -27,7 +27,7 @@ from mmctx.train.config import RunConfig
 from mmctx.train.loop import train
 from mmctx.train.stop import StopOnSignal, exit_code
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 STEPS = 30
 
@@ -46,7 +46,7 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
 
 
 def test_twenty_kills_lose_no_step_and_change_no_bit(small: dict[str, Any], tmp_path: Path) -> None:
-    """Real SIGKILLs, real files, a checkpoint after every step: many kills fall into the writing of one."""
+    """Real SIGKILLs, real files, a checkpoint after every step; a third of the kills is aimed at the writing of one."""
     small["run"]["name"] = "whole"
     whole = train(build_config(RunConfig, small, "tree"))
     expected = weights(whole.run_dir)
@@ -109,7 +109,7 @@ def test_sigterm_to_a_whole_job_saves_once(small: dict[str, Any], tmp_path: Path
     until(lambda: read_lines(run_dir / "metrics.jsonl"), process)
     for member in [*ranks_of(process).values(), process]:
         member.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=100)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode != 0
     (checkpoint,) = list_checkpoints(run_dir)
     resolve_checkpoint(checkpoint, optimizer=True)
@@ -117,13 +117,17 @@ def test_sigterm_to_a_whole_job_saves_once(small: dict[str, Any], tmp_path: Path
     assert output.count("run the same command to go on") == 1, output[-3000:]
 
 
-def test_a_rank_that_dies_brings_the_others_down_with_its_traceback(small: dict[str, Any], tmp_path: Path) -> None:
-    """One raises in the middle of a step; the other waits for it in a collective, and must not wait long."""
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_rank_that_dies_brings_the_others_down_with_its_traceback(
+    small: dict[str, Any], tmp_path: Path, num_workers: int
+) -> None:
+    """One raises in the middle of a step; the other waits for it in a collective, and must not wait long. No loader process stays."""
+    small["data"]["num_workers"] = num_workers
     path = write(small, tmp_path / "run.yaml", "dying", steps=100_000, save_every=2)
     worker = Path(__file__).with_name("dying_worker.py")
     began = time.monotonic()
     process = torchrun(2, str(worker), str(path))
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=300)
     seconds = time.monotonic() - began
     assert process.returncode == 1
     assert "RuntimeError: the cosmic ray of step 5" in output
@@ -136,6 +140,7 @@ def test_a_rank_that_dies_brings_the_others_down_with_its_traceback(small: dict[
 
 
 def test_a_second_ctrl_c_aborts_and_a_second_sigterm_does_not() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
     with StopOnSignal() as stop:
         for _ in range(3):
             signal.raise_signal(signal.SIGTERM)

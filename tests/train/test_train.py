@@ -246,22 +246,27 @@ def test_another_config_cannot_resume_a_run(tree: dict[str, Any]) -> None:
         train(build(tree, "run", steps=2))
 
 
-def test_incomplete_and_damaged_checkpoints(tree: dict[str, Any]) -> None:
+def test_incomplete_and_damaged_checkpoints(tree: dict[str, Any], capfd) -> None:
     run_dir = train(build(tree, "damage", steps=4, save_every=2)).run_dir
     assert [p.name for p in list_checkpoints(run_dir)] == ["checkpoint-2", "checkpoint-4"]
     (run_dir / "checkpoint-4" / "COMPLETE").unlink()  # as after a kill: it does not count
     assert resolve_checkpoint(run_dir).name == "checkpoint-2"
-    path = run_dir / "checkpoint-2" / "trainer" / "optimizer.pt"
-    whole = path.read_bytes()
-    for broken in (b"no pickle at all", whole[: len(whole) // 2]):
-        path.write_bytes(broken)
-        with pytest.raises(CheckpointError, match=r"optimizer\.pt: cannot be read .* delete .*checkpoint-2"):
-            train(build(tree, "damage", steps=4, save_every=2))
-    path.write_bytes(whole)
-    path = run_dir / "checkpoint-2" / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(CheckpointError, match=r"checkpoint-2.model\.safetensors"):
-        train(build(tree, "damage", steps=4, save_every=2))
+    optimizer = run_dir / "checkpoint-2" / "trainer" / "optimizer" / "optimizer.safetensors"
+    model = run_dir / "checkpoint-2" / "model.safetensors"
+    for path in (optimizer, model):
+        whole = path.read_bytes()
+        flipped = bytearray(whole)
+        flipped[len(whole) // 2] ^= 1
+        for broken, what in ((whole[: len(whole) // 2], f"has {len(whole) // 2:,} bytes"), (flipped, "damaged")):
+            path.write_bytes(broken)
+            with pytest.raises(CheckpointError, match="none of its 1 checkpoints is whole"):
+                train(build(tree, "damage", steps=4, save_every=2))
+            said = capfd.readouterr().err
+            assert f"{path}: {what}" in said
+            assert f"or delete {run_dir / 'checkpoint-2'}" in said
+        path.write_bytes(whole)
+    assert train(build(tree, "damage", steps=4, save_every=2)).step == 4
+    (run_dir / "checkpoint-4" / "COMPLETE").unlink()
     with pytest.raises(CheckpointError, match="COMPLETE"):
         load_model(run_dir / "checkpoint-4")
 
@@ -284,7 +289,7 @@ def test_a_signal_to_one_rank_stops_them_all(tree: dict[str, Any], tmp_path: Pat
         pid for pid in children if b"RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes().split(b"LOCAL_")[0]
     ]
     os.kill(int(second), signal.SIGTERM)
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=300)
     assert process.returncode != 0
     (checkpoint,) = list_checkpoints(run_dir)
     step = int(checkpoint.name.removeprefix("checkpoint-"))

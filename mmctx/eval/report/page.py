@@ -1,67 +1,42 @@
-"""The report of a run: `report.html`, one file that needs no network."""
+"""The report: one page about a run, or about several side by side; one file that needs no network and no script."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from mmctx.errors import MmctxError
+from mmctx.datasets.assemble import RunData
+from mmctx.datasets.view.render import render, write_page
+from mmctx.eval.report import training
+from mmctx.eval.report.attribution import attribution_section
 from mmctx.eval.report.batch_drawing import count_batch, draw_batch
-from mmctx.eval.report.examples import load_examples
-from mmctx.eval.report.plots import line_chart, short_number
-from mmctx.eval.report.recall import recall_section
-from mmctx.jsonl import read_lines
-from mmctx.pack import MODALITIES, PackedBatch
+from mmctx.eval.report.charts import NUM_COLORS, draw_lines, short_number
+from mmctx.eval.report.examples import example_sections
+from mmctx.eval.report.pieces import Drawing, Part, Section, side_by_side
+from mmctx.eval.report.run import Run, read_run
+from mmctx.eval.report.sections import SECTIONS, plain_section
+from mmctx.eval.report.sections.cells import percent
+from mmctx.eval.report.settings import settings_section
+from mmctx.pack import PackedBatch
 
-if TYPE_CHECKING:  # only the command line and the API import the training side
-    from mmctx.datasets.assemble import RunData
+if TYPE_CHECKING:
     from mmctx.train.config import RunConfig
 
-_LAST_LINES = 3
-_SKIPS_SHOWN = 3
-_KNOWN_PARTS = ("loss", "retrieval", "caption", "masked_lm", "recall", "skipped")
-_RECALL = re.compile(r"R@(\d+)")
-
-# Columns of metrics.jsonl that are drawn below the losses.
-_PROCESS_CURVES = {
-    "lr": "learning rate",
-    "grad_norm": "gradient norm",
-    "tokens_per_s": "tokens per second",
-    "data_wait": "share of time waiting",
-}
+_ELSEWHERE = ("loss", "attribution")
+"""Suites that are shown with the losses of training, and with the documents that they are about."""
+_TEMPLATES = Path(__file__).parent / "templates"
 
 
-def summarise_losses(run_dir: Path, held_out: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Where each objective's loss started, where it ended and what it is on held-out data.
+@dataclass(frozen=True, slots=True)
+class BatchToDraw:
+    """A packed batch and the size of its bin."""
 
-    Args:
-        run_dir: holds metrics.jsonl; without one only the held-out values remain.
-        held_out: results of the suite `loss`.
-
-    Returns:
-        `{objective: {"first", "last", "held_out", "n"}}`: `first` is the first logged value, `last` the mean of the last
-        three, since single values are noisy. Lines that hold none (no prediction in the interval) do not count.
-    """
-    series: dict[str, list[float]] = {}
-    for line in read_lines(run_dir / "metrics.jsonl"):
-        for name, value in line.items():
-            if name.startswith("loss/") and value is not None:
-                series.setdefault(name.removeprefix("loss/"), []).append(value)
-    summary: dict[str, dict[str, Any]] = {}
-    for name in dict.fromkeys([*series, *held_out]):
-        values = series.get(name, [])
-        end = values[-_LAST_LINES:]
-        trained = {"first": values[0], "last": sum(end) / len(end)} if values else {}
-        summary[name] = {**trained, **held_out.get(name, {})}
-    return summary
+    batch: PackedBatch
+    bin_tokens: int
 
 
 def write_report(
@@ -79,146 +54,112 @@ def write_report(
     Raises:
         MmctxError: jinja2 is not installed.
     """
-    losses = summarise_losses(run_dir, results.get("loss", {}))
+    run = replace(read_run(run_dir, config.run.name, results), settings=config.model_dump(mode="json"))
     path = run_dir / "report.html"
-    examples = load_examples(results.get("caption", {}).get("examples", ()), data)
-    page = _render(
-        name=config.run.name,
-        written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-        results=results,
-        manifest=_manifest(run_dir),
-        retrieval=_retrieval_table(results.get("retrieval", {})),
-        captions=_caption_table(results.get("caption", {})),
-        masked_lm=results.get("masked_lm"),
-        recall=recall_section(results.get("recall", {})),
-        loss=losses,
-        skipped=results.get("skipped"),
-        other={name: part for name, part in results.items() if isinstance(part, dict) and name not in _KNOWN_PARTS},
-        losses=_loss_curves(run_dir, losses),
-        process=_process_curves(run_dir),
-        examples=examples,
-        drawing=draw_batch(batch, config.data.bin_tokens) if batch else None,
-        counts=count_batch(batch, config.data.bin_tokens) if batch else None,
-        bin_tokens=config.data.bin_tokens,
-        skips=_skips(run_dir),
-        config=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
-    )
-    _write(path, page)
+    drawn = BatchToDraw(batch, config.data.bin_tokens) if batch else None
+    write_page(path, render_page([run], {run.name: data}, drawn))
     return path
 
 
-def _render(**values: Any) -> str:
-    try:
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    except ImportError:
-        raise MmctxError("the report needs jinja2: pip install 'mmctx[eval]'") from None
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,  # keys and texts come from data
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+def render_page(runs: Sequence[Run], data: Mapping[str, RunData | None], batch: BatchToDraw | None = None) -> str:
+    """The page as HTML.
+
+    Args:
+        runs: one, or several of different names.
+        data: held-out data by the name of the run, to show the media of examples; None where they are not at hand.
+        batch: a packed batch to draw.
+
+    Raises:
+        MmctxError: jinja2 is not installed.
+    """
+    sections = [section for section in _sections(runs, data, batch) if section is not None]
+    return render(
+        "report.html.jinja",
+        folder=_TEMPLATES,
+        filters={
+            "short": _short,
+            "percent": percent,
+            "duration": _duration,
+            "blocks": _blocks,
+            "draw": draw_lines,
+            "last_values": training.last_values,
+            "not_finite": training.not_finite,
+        },
+        runs=runs,
+        sections=sections,
+        written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        num_colors=NUM_COLORS,
+        colors={run.name: f"s{number % NUM_COLORS}" for number, run in enumerate(runs)},
     )
-    environment.filters |= {"percent": _percent, "short": _short, "duration": _duration}
-    return environment.get_template("report.html.jinja").render(**values)
 
 
-def _retrieval_table(results: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
-    """One row a direction; each metric with what a random ranking of n candidates would reach."""
-    rows = []
-    for direction, scores in results.items():
-        n = int(scores["n"])
-        cells = [
-            {"name": name, "value": value, "chance": _chance(name, n)} for name, value in scores.items() if name != "n"
-        ]
-        rows.append({"direction": direction.replace("_to_", " → "), "n": n, "cells": cells})
-    return rows
-
-
-def _chance(metric: str, n: int) -> float:
-    recall = _RECALL.fullmatch(metric)
-    if recall:
-        return min(int(recall[1]) / n, 1.0)
-    return sum(1 / rank for rank in range(1, n + 1)) / n  # mean reciprocal of a rank that is uniform in 1..n
-
-
-def _caption_table(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _sections(
+    runs: Sequence[Run], data: Mapping[str, RunData | None], batch: BatchToDraw | None
+) -> list[Section | None]:
     return [
-        {"kind": kind, **{name: results[f"{kind}_{name}"] for name in ("cer", "wer", "exact", "n")}}
-        for kind in MODALITIES
-        if f"{kind}_n" in results
+        *_suite_sections(runs),
+        _joined(runs, training.loss_section),
+        _joined(runs, training.unusable_section),
+        training.evaluations_section(runs),
+        training.curves_section(runs),
+        *example_sections(runs, data),
+        attribution_section(runs, data),
+        _batch_section(batch),
+        _joined(runs, training.data_section),
+        _joined(runs, training.skips_section),
+        settings_section(runs),
     ]
 
 
-def _loss_curves(run_dir: Path, summary: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The total, then each objective with its held-out loss as a dashed line."""
-    lines = read_lines(run_dir / "metrics.jsonl")
-    names = list(dict.fromkeys(name for line in lines for name in line if name.startswith("loss/")))
-    held_out = {name: summary.get(name.removeprefix("loss/"), {}).get("held_out") for name in names}
-    total = [_curve(lines, "loss", "total, weighted")] if len(names) > 1 else []
-    return [c for c in total + [_curve(lines, name, name.removeprefix("loss/"), held_out[name]) for name in names] if c]
+def _suite_sections(runs: Sequence[Run]) -> list[Section | None]:
+    """Suites that have a section come in the order of `SECTIONS`."""
+    named = list(dict.fromkeys(suite for run in runs for suite in run.suites))
+    order = [suite for suite in SECTIONS if suite in named]
+    order += [suite for suite in named if suite not in SECTIONS and suite not in _ELSEWHERE]
+    found = []
+    for suite in order:
+        sections = {run.name: _suite_section(suite, run) for run in runs}
+        found.append(side_by_side(sections))
+    return found
 
 
-def _process_curves(run_dir: Path) -> list[dict[str, Any]]:
-    lines = read_lines(run_dir / "metrics.jsonl")
-    return [curve for name, label in _PROCESS_CURVES.items() if (curve := _curve(lines, name, label))]
-
-
-def _curve(
-    lines: Sequence[Mapping[str, Any]], column: str, label: str, reference: float | None = None
-) -> dict[str, Any] | None:
-    """A chart with its label, the last value, the dashed line's value and how many values were not finite."""
-    points = [(line["step"], line[column]) for line in lines if line.get(column) is not None]
-    finite = [value for _, value in points if math.isfinite(value)]
-    if not finite:
+def _suite_section(suite: str, run: Run) -> Section | None:
+    results = run.suites.get(suite)
+    if not isinstance(results, Mapping) or not results:
         return None
-    steps, values = [step for step, _ in points], [value for _, value in points]
-    end = finite[-_LAST_LINES:]
-    return {
-        "label": label,
-        "last": sum(end) / len(end),
-        "reference": reference,
-        "not_finite": len(points) - len(finite),
-        "svg": line_chart(label, steps, values, reference, smooth=column != "lr"),  # a schedule has corners, no noise
-    }
+    section = SECTIONS[suite](results) if suite in SECTIONS else plain_section(suite, results)
+    if section is not None and suite in run.steps_of:
+        about = f"{section.about} Found at step {run.steps_of[suite]:,}, not at the newest evaluation."
+        section = replace(section, about=about)
+    return section
 
 
-def _skips(run_dir: Path) -> dict[str, Any] | None:
-    """Counts by reason with the first few samples, over the ledgers of all ranks; None where there is no ledger."""
-    paths = sorted(run_dir.glob("skips*.jsonl"))
-    if not paths:
+def _joined(runs: Sequence[Run], make: Any) -> Section | None:
+    return side_by_side({run.name: make(run) for run in runs})
+
+
+def _batch_section(drawn: BatchToDraw | None) -> Section | None:
+    if drawn is None:
         return None
-    reasons: dict[str, list[dict[str, Any]]] = {}
-    for path in paths:
-        for line in read_lines(path):
-            if "event" in line:  # of a whole step, not of a sample
-                continue
-            reasons.setdefault(line["reason"], []).append(line)
-    groups = [
-        {
-            "reason": reason,
-            "count": len(found),
-            "first": [{**line, "shard": Path(line["shard"]).name} for line in found[:_SKIPS_SHOWN]],
-        }
-        for reason, found in sorted(reasons.items(), key=lambda item: -len(item[1]))
-    ]
-    return {"total": sum(group["count"] for group in groups), "groups": groups}
+    counts = count_batch(drawn.batch, drawn.bin_tokens)
+    values = {"drawing": draw_batch(drawn.batch, drawn.bin_tokens), "counts": counts, "bin_tokens": drawn.bin_tokens}
+    about = (
+        f"A training batch is one flat sequence without padding, read row by row: {counts['documents']} documents of "
+        f"{counts['samples']} samples, none of which sees another. Causal documents come first ({counts['causal']}), those that "
+        "attend in both directions after them. Point at one for its key."
+    )
+    drawing = Drawing(name="batch", template="batch.html.jinja", values=values)
+    return Section(id="batch", title="One packed batch", about=about, parts=(drawing,))
 
 
-def _manifest(run_dir: Path) -> dict[str, Any]:
-    path = run_dir / "manifest.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+def _blocks(parts: Sequence[Part]) -> list[tuple[str, list[Part]]]:
+    """Neighbours that share a grid: charts of one size, heat maps; others stand alone."""
 
+    def block(part: Part) -> str:
+        wide = getattr(part, "wide", False)
+        return "wide lines" if part.kind == "lines" and wide else part.kind
 
-def _write(path: Path, text: str) -> None:
-    """Replaces a file as a whole: a reader never meets half of it."""
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}%"
+    return [(kind, list(found)) for kind, found in groupby(parts, block)]
 
 
 def _short(value: Any) -> str:

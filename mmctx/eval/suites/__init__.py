@@ -7,13 +7,21 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from mmctx.eval.context import EvalContext
+from mmctx.eval.haystack.grid import grid_headline
+from mmctx.eval.suites.attribution import attribution_headline, evaluate_attribution
 from mmctx.eval.suites.caption import evaluate_caption
 from mmctx.eval.suites.loss import evaluate_loss
 from mmctx.eval.suites.loss_by_position import evaluate_loss_by_position, position_headline
 from mmctx.eval.suites.masked_lm import evaluate_masked_lm
+from mmctx.eval.suites.needle import evaluate_needle
 from mmctx.eval.suites.next_sentence import evaluate_next_sentence
+from mmctx.eval.suites.passkey import evaluate_passkey
 from mmctx.eval.suites.recall import evaluate_recall, recall_headline
-from mmctx.eval.suites.retrieval import evaluate_retrieval
+from mmctx.eval.suites.retrieval import evaluate_retrieval, retrieval_headline
+from mmctx.eval.suites.sts import evaluate_sts, sts_headline
+from mmctx.eval.suites.swapped_media import evaluate_swapped_media, swapped_headline
+from mmctx.eval.suites.world import evaluate_world
+from mmctx.eval.suites.zero_shot import evaluate_zero_shot, zero_shot_headline
 
 
 def shallow_numbers(results: Mapping[str, Any], depth: int = 2) -> dict[str, float]:
@@ -42,11 +50,18 @@ class Suite(NamedTuple):
 SUITES: dict[str, Suite] = {
     "loss": Suite(evaluate_loss),
     "loss_by_position": Suite(evaluate_loss_by_position, position_headline),
-    "retrieval": Suite(evaluate_retrieval),
+    "retrieval": Suite(evaluate_retrieval, retrieval_headline),
     "caption": Suite(evaluate_caption),
     "masked_lm": Suite(evaluate_masked_lm),
     "next_sentence": Suite(evaluate_next_sentence),
     "recall": Suite(evaluate_recall, recall_headline),
+    "needle": Suite(evaluate_needle, grid_headline),
+    "passkey": Suite(evaluate_passkey, grid_headline),
+    "world": Suite(evaluate_world, grid_headline),
+    "zero_shot": Suite(evaluate_zero_shot, zero_shot_headline),
+    "swapped_media": Suite(evaluate_swapped_media, swapped_headline),
+    "sts": Suite(evaluate_sts, sts_headline),
+    "attribution": Suite(evaluate_attribution, attribution_headline),
 }
 
 

@@ -11,7 +11,6 @@ Shapes: Q questions, V vocabulary, C candidates.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,14 +20,13 @@ import torch
 
 from mmctx.errors import DataError, SampleError
 from mmctx.eval.context import EvalContext, each
+from mmctx.eval.intervals import PASSES, wilson_interval
 from mmctx.pack import IGNORE_INDEX, Document, pack_documents
 
 NUM_DEPTHS = 5
 """Equal stretches of a document that results are told apart by."""
 WRITTEN = {"questions", "values", "length"}
 """Keys of a json member that `mmctx data build recall` made."""
-PASSES = 0.856
-"""RULER's threshold: a length passes if this share is answered (Hsieh et al. 2024)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +85,8 @@ class Answer:
 
 
 def evaluate_recall(context: EvalContext) -> dict[str, Any]:
-    """`{"lengths": {L: {"all", "recall", "needle", "picture", "depths"}}, "controls": {"alone", "removed"}}`, see `score`.
+    """`{"lengths": {L: {"all", "recall", "needle", "picture", "depths"}}, "heat": {kind: {L: {depths: score}}}, "controls": {"alone",
+    "removed"}}`, see `score`.
 
     The controls are scored on the shortest documents: a fact alone before its question must be recalled, and without any of the asked
     facts answers must be at chance. Nothing where no held-out document has questions.
@@ -112,6 +111,7 @@ def evaluate_recall(context: EvalContext) -> dict[str, Any]:
         answers.setdefault(one.length, []).append(one)
     return {
         "lengths": {str(length): _by_kind_and_depth(part) for length, part in sorted(answers.items())},
+        "heat": _heat_maps(answers),
         "controls": {"alone": score(alone), "removed": score(removed)},
     }
 
@@ -233,14 +233,6 @@ def score(answers: Sequence[Answer]) -> dict[str, float]:
     }
 
 
-def wilson_interval(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95% interval of a share (Wilson 1927), which stays inside 0 to 1 for few and for extreme counts."""
-    share, square = successes / n, z * z
-    middle = (share + square / (2 * n)) / (1 + square / n)
-    half = z / (1 + square / n) * math.sqrt(share * (1 - share) / n + square / (4 * n * n))
-    return max(middle - half, 0.0), min(middle + half, 1.0)
-
-
 def passes(scores: Mapping[str, float]) -> bool:
     """Whether a length is recalled: at least `PASSES` exact, with the interval above chance."""
     return scores["exact"] >= PASSES and scores["low"] > scores["chance"]
@@ -248,14 +240,30 @@ def passes(scores: Mapping[str, float]) -> bool:
 
 def _by_kind_and_depth(answers: Sequence[Answer]) -> dict[str, Any]:
     kinds = list(dict.fromkeys(answer.kind for answer in answers))
-    depths: dict[int, list[Answer]] = {}
-    for answer in answers:
-        depths.setdefault(min(int(answer.depth * NUM_DEPTHS), NUM_DEPTHS - 1), []).append(answer)
     return {
         "all": score(answers),
         **{kind: score([answer for answer in answers if answer.kind == kind]) for kind in sorted(kinds)},
-        "depths": {f"{n / NUM_DEPTHS:g}-{(n + 1) / NUM_DEPTHS:g}": score(found) for n, found in sorted(depths.items())},
+        "depths": _by_depth(answers),
     }
+
+
+def _heat_maps(answers: Mapping[int, Sequence[Answer]]) -> dict[str, dict[str, Any]]:
+    """`{kind: {L: {depths: score}}}`: an edge where recall ends shows on the diagonal of fact and question."""
+    kinds = sorted({answer.kind for part in answers.values() for answer in part})
+    return {
+        kind: {
+            str(length): _by_depth([answer for answer in part if answer.kind == kind])
+            for length, part in sorted(answers.items())
+        }
+        for kind in kinds
+    }
+
+
+def _by_depth(answers: Sequence[Answer]) -> dict[str, dict[str, float]]:
+    depths: dict[int, list[Answer]] = {}
+    for answer in answers:
+        depths.setdefault(min(int(answer.depth * NUM_DEPTHS), NUM_DEPTHS - 1), []).append(answer)
+    return {f"{n / NUM_DEPTHS:g}-{(n + 1) / NUM_DEPTHS:g}": score(found) for n, found in sorted(depths.items())}
 
 
 def _groups(quizzes: Sequence[Quiz], tokens: int) -> Iterator[list[Quiz]]:

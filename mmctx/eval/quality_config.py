@@ -1,0 +1,48 @@
+"""Settings of the suites `caption`, `zero_shot`, `sts`, `probe` and `robustness`."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from mmctx.config import StrictModel
+
+
+class CaptionEvalConfig(StrictModel):
+    """Suite `caption`."""
+
+    references: tuple[int, ...] = ()
+    """Texts of a source, by their number in its `texts`, that are right besides the one that the objective predicts: further captions of a
+    picture. BLEU, ROUGE-L and CIDEr count them."""
+
+
+class ZeroShotConfig(StrictModel):
+    """Classes that the suite `zero_shot` tells apart."""
+
+    classes: tuple[str, ...] | dict[str, str]
+    """What samples are labelled with; a mapping, such as `{n01440764: tench}`, says how each label is written in texts."""
+    templates: tuple[str, ...] = ("{}",)
+    """Texts that `{}` makes of a class, such as `a photo of a {}.`; write them as the captions of training are."""
+    label: str = "txt"
+    """Where a sample's label stands: a member's extension, or `json:dotted.path` inside `KEY.json`."""
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Label -> name, in the order of the classes."""
+        return dict(self.classes) if isinstance(self.classes, dict) else {name: name for name in self.classes}
+
+    @model_validator(mode="after")
+    def _check(self) -> ZeroShotConfig:
+        if len(self.names) < 2 or len(self.names) < len(self.classes):
+            raise ValueError(f"classes must name at least two classes, each once, found {list(self.classes)}")
+        if wrong := [template for template in self.templates if "{}" not in template] or not self.templates:
+            raise ValueError(f"templates must each hold {{}}, where the class goes, found {wrong or 'none'}")
+        return self
+
+
+class StsConfig(StrictModel):
+    """Suite `sts`."""
+
+    files: dict[str, str] = Field(default_factory=dict)
+    """Named tables of sentence pairs with a score of how alike they are: CSV, or TSV by that ending."""
+    columns: tuple[int | str, int | str, int | str] = (0, 1, 2)
+    """Where both sentences and the score stand: numbers from 0, or names, which mean that the first line is a header."""
