@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test quick lint bench clean
+.PHONY: setup demo test quick lint bench notebooks clean
 
 setup: $(STAMP)
 
@@ -34,6 +34,10 @@ lint: setup
 bench: setup
 	for script in $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)); do \
 		echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+# Runs the notebooks and keeps what they show.
+notebooks: setup
+	$(BIN)/python notebooks/execute.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info
