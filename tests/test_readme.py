@@ -16,6 +16,7 @@ import mmctx
 from mmctx.cli import app
 from mmctx.config import build_config, load_config
 from mmctx.datasets.config import DataConfig
+from mmctx.eval import known_suites
 from mmctx.train.config import RunConfig
 
 ROOT = Path(__file__).parents[1]
@@ -62,7 +63,7 @@ def test_yaml_holds_together() -> None:
     sections: dict[str, Any] = {}
     for block in [block for language, block in BLOCKS if language == "yaml"]:
         join(sections, yaml.safe_load(block))
-    assert sections.keys() == {"data", "schedule", "objectives", "augment", "train"}
+    assert sections.keys() == {"data", "schedule", "objectives", "augment", "train", "eval"}
     pairs = sections["data"]["sources"]["pairs"]
     pairs["augment"] = sections.pop("augment")
     config = build_config(DataConfig, sections["data"], "README.md")
@@ -71,6 +72,7 @@ def test_yaml_holds_together() -> None:
     whole = build_config(RunConfig, run, "README.md")
     assert whole.train.distribution.kind == "fsdp2"
     assert whole.data.worker_timeout == 600
+    assert known_suites(whole.eval.loop_suites) == ["loss", "loss_by_position"]
     first, second = whole.stages
     assert first.config.model.transformer.windows == (512, 512, None)
     assert second.config.data.context_length == 32768
