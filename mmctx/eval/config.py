@@ -8,10 +8,14 @@ from pydantic import Field, model_validator
 
 from mmctx.config import StrictModel
 from mmctx.datasets.config import SourceConfig
-from mmctx.eval.attribution_config import AttributionConfig
 from mmctx.eval.haystack.config import NeedleConfig, PasskeyConfig, WorldConfig
-from mmctx.eval.position_config import LossByPositionConfig
-from mmctx.eval.quality_config import CaptionEvalConfig, StsConfig, ZeroShotConfig
+from mmctx.eval.suite_config import (
+    AttributionConfig,
+    CaptionEvalConfig,
+    LossByPositionConfig,
+    StsConfig,
+    ZeroShotConfig,
+)
 
 
 class EvalConfig(StrictModel):

@@ -10,16 +10,13 @@ import torch
 
 from mmctx.datasets.assemble import RunData
 from mmctx.datasets.planning.plan import Bin, plan_once
-from mmctx.errors import SampleError
 from mmctx.eval.config import EvalConfig
 from mmctx.model import MmctxModel
 from mmctx.objectives import AnyObjective
-from mmctx.pack import Document, PackedBatch
+from mmctx.pack import PackedBatch
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
-Place = tuple[int, int, int, int]
-"""(source number, sample id, epoch, part), as in `Bin.samples`."""
 
 
 def _alone(found: Any) -> list[Any]:
@@ -94,16 +91,6 @@ class EvalContext:
         """
         data = self.data.only(objective) if objective else self.data
         return data, plan_once(list(data.tables.values()), data.config.bin_tokens)
-
-    def documents(self, data: RunData, bin: Bin) -> list[tuple[Place, Document]]:
-        """Every document of a bin with the place of its sample; samples that cannot be used are noted, see `count_skips`."""
-        found: list[tuple[Place, Document]] = []
-        for place in bin.samples:
-            try:
-                found += ((place, document) for document in data.dataset.documents(*place))
-            except SampleError as error:
-                data.dataset.note(place[0], place[1], error)
-        return found
 
     def map_batches(
         self, suite: str, work: Callable[[PackedBatch], Found], objective: str | None = None

@@ -1,51 +1,66 @@
-"""The documents of a bin with the samples that they come from: for suites that ask more than a packed batch tells."""
+"""Held-out documents one by one: where they come from, parts of them, and how many fit into a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple, TypeVar
+
+import numpy as np
 
 from mmctx.datasets.fetch import PackedDataset
 from mmctx.datasets.planning.plan import Bin
 from mmctx.errors import SampleError
-from mmctx.pack import Document
+from mmctx.pack import IGNORE_INDEX, Document
+
+Place = tuple[int, int, int, int]
+"""(source number, sample id, epoch, part), as in `Bin.samples`."""
+Item = TypeVar("Item")
 
 
 class Found(NamedTuple):
-    """A document and where it comes from.
+    """A document and where it comes from."""
 
-    Attributes:
-        document: of some objective.
-        source: number of its source.
-        sample: number of its sample in that source.
-    """
-
+    place: Place
     document: Document
-    source: int
-    sample: int
 
 
 def documents_of(dataset: PackedDataset, bin: Bin) -> Iterator[Found]:
     """Every document of a bin, in the order in which `dataset[bin]` packs them; samples that cannot be used are noted in `dataset`."""
-    for number, sample_id, epoch, part in bin.samples:
+    for place in bin.samples:
         try:
-            documents = dataset.documents(number, sample_id, epoch, part)
+            documents = dataset.documents(*place)
         except SampleError as error:
-            dataset.note(number, sample_id, error)
+            dataset.note(place[0], place[1], error)
             continue
         for document in documents:
-            yield Found(document, number, sample_id)
+            yield Found(place, document)
 
 
-def grouped(documents: Sequence[Document], tokens: int) -> list[list[Document]]:
-    """Documents in turn, as many to a group as fit into `tokens`, but one at least."""
-    groups: list[list[Document]] = []
+def excerpt(document: Document, spans: Iterable[tuple[int, int]]) -> Document:
+    """The document made of some of its tokens, media that lie in them included; labels are left out."""
+    ids, media, length = [], [], 0
+    for start, end in spans:
+        ids.append(document.input_ids[start:end])
+        media += [(length + at - start, item) for at, item in document.media if start <= at < end]
+        length += end - start
+    input_ids = np.concatenate(ids)
+    return replace(document, input_ids=input_ids, labels=np.full_like(input_ids, IGNORE_INDEX), media=tuple(media))
+
+
+def grouped(items: Sequence[Item], lengths: Sequence[int], tokens: int) -> list[list[Item]]:
+    """Items in turn, as many to a group as fit into `tokens` by their `lengths`, but one at least."""
+    groups: list[list[Item]] = []
     room = 0
-    for document in documents:
-        length = len(document.input_ids)
+    for item, length in zip(items, lengths, strict=True):
         if not groups or length > room:
             groups.append([])
             room = tokens
-        groups[-1].append(document)
+        groups[-1].append(item)
         room -= length
     return groups
+
+
+def num_tokens(documents: Sequence[Document]) -> list[int]:
+    """Of each document."""
+    return [len(document.input_ids) for document in documents]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmctx.eval.suites.recall import wilson_interval
+from mmctx.eval.intervals import wilson_interval
 
 CUTS = (1, 5, 10)
 """The k of R@k."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from mmctx.datasets.assemble import RunData
 from mmctx.datasets.planning.plan import Bin
 from mmctx.eval.context import EvalContext, each
-from mmctx.eval.documents import documents_of, grouped
+from mmctx.eval.documents import documents_of, grouped, num_tokens
 from mmctx.pack import Document, pack_documents
 from mmctx.sample import Sample
 
@@ -105,7 +105,7 @@ def embed_texts(context: EvalContext, objective: str, texts: Sequence[str], suit
     room = half.room(context.data.config.context_length)
     ids = [tokens[:room] for tokens in context.data.tokenizer.encode_many(texts)]
     documents = [half.view_document(Sample("", "", n), "text0", tokens) for n, tokens in enumerate(ids)]
-    groups = grouped(documents, context.data.config.bin_tokens)
+    groups = grouped(documents, num_tokens(documents), context.data.config.bin_tokens)
 
     def embed(group: list[Document]) -> np.ndarray:
         ((_, vectors, *_),) = embed_documents(context, objective, group)

@@ -17,12 +17,9 @@ from two_ranks import on_two_ranks
 from mmctx.config import build_config
 from mmctx.datasets.assemble import build_data
 from mmctx.eval import EvalContext, evaluate
-from mmctx.eval.suites.loss_by_position import (
-    first_target,
-    mean_of_documents,
-    shuffled_pieces,
-    token_losses,
-)
+from mmctx.eval.intervals import mean_of_documents
+from mmctx.eval.suites.loss_by_position import first_target, shuffled_pieces
+from mmctx.eval.token_losses import token_losses
 from mmctx.pack import IGNORE_INDEX, Document, MediaItem, PackedBatch
 from mmctx.train.build import build_model
 from mmctx.train.config import RunConfig

@@ -17,10 +17,12 @@ from mmctx.datasets.assemble import build_data
 from mmctx.datasets.build.recall import build_recall
 from mmctx.errors import DataError
 from mmctx.eval import EvalContext, evaluate
+from mmctx.eval.documents import excerpt
+from mmctx.eval.intervals import wilson_interval
 from mmctx.eval.report.charts import draw_lines
 from mmctx.eval.report.pieces import Lines, Table
 from mmctx.eval.report.sections.recall import recall_section
-from mmctx.eval.suites.recall import evaluate_recall, excerpt, load_quizzes, passes, wilson_interval, without_facts
+from mmctx.eval.suites.recall import evaluate_recall, load_quizzes, passes, without_facts
 from mmctx.pack import PackedBatch
 from mmctx.train.config import RunConfig
 

@@ -14,7 +14,7 @@ from mmctx.config import build_config
 from mmctx.datasets.assemble import build_data
 from mmctx.errors import ConfigError
 from mmctx.eval import EvalContext, evaluate
-from mmctx.eval.quality_config import ZeroShotConfig
+from mmctx.eval.suite_config import ZeroShotConfig
 from mmctx.eval.suites.zero_shot import Scored, _scored, class_vectors, summarise
 from mmctx.eval.views import embed_views
 from mmctx.pack import pack_documents

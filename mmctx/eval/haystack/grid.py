@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from mmctx.datasets.planning.order import derive_key
 from mmctx.eval.answers import Reply, answer
 from mmctx.eval.context import EvalContext, each
+from mmctx.eval.documents import grouped
 from mmctx.eval.haystack.build import Control, Prompt, build_prompt, least_tokens
 from mmctx.eval.haystack.config import GridConfig
 from mmctx.eval.haystack.probe import Lacking, Maker, Probe, Speller
@@ -70,7 +72,10 @@ def run_grid(
             of_kind, reasons = [], [{"kind": kind, "length": None, "reason": str(error)}]
         asks += of_kind
         left_out += reasons
-    groups = list(_groups(asks, context.data.config.bin_tokens))
+    alike = (list(part) for _, part in groupby(asks, lambda ask: (ask.kind, ask.length, ask.control)))
+    groups = [
+        group for part in alike for group in grouped(part, [ask.length for ask in part], context.data.config.bin_tokens)
+    ]
     found = list(each(context.map(suite, groups, lambda group: _ask(context, config, kinds, group, haystack, speller))))
     results = summarise((one.outcome for one in found if one.control is None), config.depths)
     for kind, part in results["kinds"].items():
@@ -136,21 +141,6 @@ def build_asked(config: GridConfig, ask: Ask, haystack: Haystack, speller: Spell
     """Its document: the same one wherever and whenever it is built."""
     rng = np.random.default_rng(derive_key(config.seed, "haystack", ask.kind, ask.length, ask.number))
     return build_prompt(ask.probe, ask.length, haystack, speller, rng, ask.control)
-
-
-def _groups(asks: Sequence[Ask], tokens: int) -> Iterator[list[Ask]]:
-    """Questions of one kind and length, as many as fit into a batch of `tokens`, but one at least."""
-    group: list[Ask] = []
-    for ask in asks:
-        if group and (
-            (len(group) + 1) * ask.length > tokens
-            or (ask.kind, ask.length, ask.control) != (group[0].kind, group[0].length, group[0].control)
-        ):
-            yield group
-            group = []
-        group.append(ask)
-    if group:
-        yield group
 
 
 def _ask(

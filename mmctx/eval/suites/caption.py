@@ -108,7 +108,7 @@ class _Prompt(NamedTuple):
 
 def _prompts(data: RunData, bin: Bin, more: Sequence[int]) -> Iterator[_Prompt]:
     """The captioning documents of a bin, cut before their text."""
-    for document, number, sample_id in documents_of(data.dataset, bin):
+    for (number, sample_id, *_), document in documents_of(data.dataset, bin):
         if len(document.media) != 1 or document.media[0][0] != 0:
             continue  # plain text, or an interleaved document: there is no single caption to compare with
         # behind the medium, and the prompt if there is one

@@ -9,29 +9,27 @@ Three curves over held-out causal documents, in nats a predicted token:
 A model that uses its far context loses by both; where a curve is flat from some k on, nothing further back helps. Bands are 95% intervals
 that take documents, not tokens, as independent (the linearised variance of a ratio, Cochran 1977, section 2.11).
 
-Shapes: L tokens of a document, K labelled positions, V vocabulary.
+Shapes: L tokens of a document, K labelled positions.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mmctx.datasets.planning.order import derive_key
-from mmctx.eval.context import EvalContext, Place, each
-from mmctx.eval.suites.recall import excerpt
-from mmctx.pack import IGNORE_INDEX, Document, pack_documents
+from mmctx.eval.context import EvalContext, each
+from mmctx.eval.documents import Place, documents_of, excerpt
+from mmctx.eval.intervals import mean_of_documents
+from mmctx.eval.token_losses import token_losses
+from mmctx.pack import IGNORE_INDEX, Document
 
 _FIRST_EDGE = 16
 _PIECE = 16  # tokens of a text that stay together when the far context is shuffled
-_ROWS = 1024  # logits that exist at a time
 
 Sums = dict[tuple[str, int], tuple[float, int]]
 """By (modality, number of the stretch): sum of losses and their number, of one document."""
@@ -58,7 +56,7 @@ def evaluate_loss_by_position(context: EvalContext) -> dict[str, Any]:
         data, bins = context.bins(objective)
 
         def read(bin: Any, data: Any = data) -> list[tuple[Place, int, int, Sums]]:
-            found = context.documents(data, bin)
+            found = list(documents_of(data.dataset, bin))
             losses = token_losses(context, [document for _, document in found])
             return [
                 (place, number, len(document.input_ids), _by_stretch(document, loss))
@@ -91,36 +89,6 @@ def position_headline(results: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def token_losses(context: EvalContext, documents: Sequence[Document]) -> list[Tensor]:
-    """(K,) float64 loss of each labelled position of each document, in nats, on the host; the documents are packed as they come."""
-    found: list[Tensor] = []
-    for group in _groups(documents, context.data.config.bin_tokens):
-        batch = pack_documents(group, context.data.tokenizer.placeholder_ids).to(context.device)
-        places = (batch.labels != IGNORE_INDEX).nonzero()[:, 0]
-        hidden, labels = context.model.encode(batch).index_select(0, places), batch.labels[places]
-        parts = [
-            F.cross_entropy(context.model.next_token_logits(states).float(), targets, reduction="none")
-            for states, targets in zip(hidden.split(_ROWS), labels.split(_ROWS), strict=True)
-        ]
-        losses = torch.cat(parts).double().cpu()
-        # packing puts causal documents first: with causal ones alone their order stays
-        found += losses.split([int((document.labels != IGNORE_INDEX).sum()) for document in group])
-    return found
-
-
-def _groups(documents: Sequence[Document], tokens: int) -> Iterable[list[Document]]:
-    group: list[Document] = []
-    held = 0
-    for document in documents:
-        if group and held + len(document.input_ids) > tokens:
-            yield group
-            group, held = [], 0
-        group.append(document)
-        held += len(document.input_ids)
-    if group:
-        yield group
-
-
 def _by_stretch(document: Document, losses: Tensor) -> Sums:
     places = np.flatnonzero(document.labels != IGNORE_INDEX)
     # stretch 0 ends before _FIRST_EDGE, each further one is twice as far
@@ -150,20 +118,6 @@ def _curves(documents: Sequence[Sums]) -> dict[str, Any]:
 
 def _start(stretch: int) -> int:
     return _FIRST_EDGE << (stretch - 1) if stretch else 0
-
-
-def mean_of_documents(parts: Sequence[tuple[float, int]]) -> dict[str, Any]:
-    """The mean over tokens from (sum, count) of each document: `mean`, its 95% interval `low` to `high` and `n` tokens.
-
-    The interval is null for a single document.
-    """
-    sums, counts = np.array([s for s, _ in parts]), np.array([c for _, c in parts])
-    mean, documents = sums.sum() / counts.sum(), len(parts)
-    if documents < 2:
-        return {"mean": float(mean), "low": None, "high": None, "n": int(counts.sum())}
-    spread = np.square(sums - mean * counts).sum() * documents / (documents - 1)
-    half = 1.959964 * math.sqrt(spread) / counts.sum()
-    return {"mean": float(mean), "low": float(mean - half), "high": float(mean + half), "n": int(counts.sum())}
 
 
 def _cuts(context: EvalContext, data: Any, place: Place) -> list[_Cut]:

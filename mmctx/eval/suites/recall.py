@@ -11,7 +11,7 @@ Shapes: Q questions, V vocabulary, C candidates.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,8 +20,9 @@ import torch
 
 from mmctx.errors import DataError, SampleError
 from mmctx.eval.context import EvalContext, each
+from mmctx.eval.documents import excerpt, grouped, num_tokens
 from mmctx.eval.intervals import PASSES, wilson_interval
-from mmctx.pack import IGNORE_INDEX, Document, pack_documents
+from mmctx.pack import Document, pack_documents
 
 NUM_DEPTHS = 5
 """Equal stretches of a document that results are told apart by."""
@@ -102,7 +103,7 @@ def evaluate_recall(context: EvalContext) -> dict[str, Any]:
         alone = answer_quizzes(context, [part for quiz in short for part in facts_alone(quiz)])
         return found, alone, answer_quizzes(context, [without_facts(quiz) for quiz in short])
 
-    groups = list(_groups(quizzes, context.data.config.bin_tokens))
+    groups = grouped(quizzes, num_tokens([quiz.document for quiz in quizzes]), context.data.config.bin_tokens)
     if not groups:
         return {}
     found, alone, removed = (list(each(part)) for part in zip(*context.map("recall", groups, answer), strict=True))
@@ -207,17 +208,6 @@ def facts_alone(quiz: Quiz) -> Iterator[Quiz]:
         yield replace(quiz, document=document, questions=(replace(question, fact=(0, middle), ask=(middle, end)),))
 
 
-def excerpt(document: Document, spans: Iterable[tuple[int, int]]) -> Document:
-    """The document made of some of its tokens, media that lie in them included."""
-    ids, media, length = [], [], 0
-    for start, end in spans:
-        ids.append(document.input_ids[start:end])
-        media += [(length + at - start, item) for at, item in document.media if start <= at < end]
-        length += end - start
-    input_ids = np.concatenate(ids)
-    return replace(document, input_ids=input_ids, labels=np.full_like(input_ids, IGNORE_INDEX), media=tuple(media))
-
-
 def score(answers: Sequence[Answer]) -> dict[str, float]:
     """Share of `exact` answers with its Wilson interval `low` to `high`, share of `candidates`, mean `log_prob`, `chance` and `n`."""
     exact = sum(answer.exact for answer in answers)
@@ -264,18 +254,3 @@ def _by_depth(answers: Sequence[Answer]) -> dict[str, dict[str, float]]:
     for answer in answers:
         depths.setdefault(min(int(answer.depth * NUM_DEPTHS), NUM_DEPTHS - 1), []).append(answer)
     return {f"{n / NUM_DEPTHS:g}-{(n + 1) / NUM_DEPTHS:g}": score(found) for n, found in sorted(depths.items())}
-
-
-def _groups(quizzes: Sequence[Quiz], tokens: int) -> Iterator[list[Quiz]]:
-    """Documents in turn, as many as fit into `tokens`, but one at least."""
-    group: list[Quiz] = []
-    held = 0
-    for quiz in quizzes:
-        length = len(quiz.document.input_ids)
-        if group and held + length > tokens:
-            yield group
-            group, held = [], 0
-        group.append(quiz)
-        held += length
-    if group:
-        yield group

@@ -15,8 +15,10 @@ import numpy as np
 
 from mmctx.datasets.assemble import RunData
 from mmctx.datasets.planning.plan import Bin
-from mmctx.eval.context import EvalContext, Place, each
-from mmctx.eval.suites.loss_by_position import mean_of_documents, token_losses
+from mmctx.eval.context import EvalContext, each
+from mmctx.eval.documents import Place, documents_of
+from mmctx.eval.intervals import mean_of_documents
+from mmctx.eval.token_losses import token_losses
 from mmctx.pack import IGNORE_INDEX, MODALITIES, Document, MediaItem
 
 Losses = tuple[float, float, int]
@@ -35,7 +37,7 @@ def evaluate_swapped_media(context: EvalContext) -> dict[str, Any]:
         places = [place for bin in bins for place in bin.samples]
 
         def read(number: int, data: RunData = data, places: Sequence[Place] = places) -> list[Losses]:
-            pairs = list(_pairs(context, data, places, number))
+            pairs = list(_pairs(data, places, number))
             losses = [float(found.sum()) for found in token_losses(context, [d for pair in pairs for d in pair])]
             counts = [int((document.labels != IGNORE_INDEX).sum()) for document, _ in pairs]
             return list(zip(losses[::2], losses[1::2], counts, strict=True))
@@ -86,24 +88,22 @@ def swap_media(document: Document, donors: Sequence[MediaItem]) -> Document:
     return replace(document, input_ids=np.concatenate(ids), labels=np.concatenate(labels), media=tuple(media))
 
 
-def _pairs(
-    context: EvalContext, data: RunData, places: Sequence[Place], number: int
-) -> Iterator[tuple[Document, Document]]:
+def _pairs(data: RunData, places: Sequence[Place], number: int) -> Iterator[tuple[Document, Document]]:
     """Each document with media of a place, and it with those of the nearest other sample before it that has the kinds."""
-    for document in _documents(context, data, places[number]):
+    for document in _documents(data, places[number]):
         kinds = {item.kind for _, item in document.media}
         for place in (places[number - back] for back in range(1, len(places))):
             if place[:2] == places[number][:2]:
                 continue  # another part of the same sample
-            donors = [item for other in _documents(context, data, place) for _, item in other.media]
+            donors = [item for other in _documents(data, place) for _, item in other.media]
             if kinds <= {item.kind for item in donors}:
                 yield document, swap_media(document, donors)
                 break
 
 
-def _documents(context: EvalContext, data: RunData, place: Place) -> list[Document]:
+def _documents(data: RunData, place: Place) -> list[Document]:
     """The documents with media of a sample or a part of one; with labels of those tokens alone that some medium stands before."""
-    found = context.documents(data, Bin((place,), tokens=0, cost=0))
+    found = documents_of(data.dataset, Bin((place,), tokens=0, cost=0))
     return [_behind_media(document) for _, document in found if document.media]
 
 

@@ -21,10 +21,11 @@ from mmctx.datasets.assemble import RunData
 from mmctx.datasets.planning.plan import Bin
 from mmctx.datasets.shards.contents import parse_json, read_text
 from mmctx.errors import ConfigError
-from mmctx.eval.context import EvalContext, Place, each
-from mmctx.eval.quality_config import ZeroShotConfig
-from mmctx.eval.suites.loss_by_position import token_losses
-from mmctx.eval.suites.recall import wilson_interval
+from mmctx.eval.context import EvalContext, each
+from mmctx.eval.documents import Place, documents_of, grouped, num_tokens
+from mmctx.eval.intervals import wilson_interval
+from mmctx.eval.suite_config import ZeroShotConfig
+from mmctx.eval.token_losses import token_losses
 from mmctx.eval.views import embed_documents
 from mmctx.objectives.base import ids
 from mmctx.objectives.similarity import Similarity
@@ -141,7 +142,7 @@ def _by_similarity(
         )
 
     def score(bin: Bin) -> list[Scored]:
-        placed = [(place, document) for place, document in context.documents(data, bin) if document.view in partners]
+        placed = [found for found in documents_of(data.dataset, bin) if found.document.view in partners]
         found: list[Scored] = []
         for medium, vectors, *_ in embed_documents(context, objective, [d for _, d in placed]) if placed else ():
             labels = [_label(data, config, place) for place, document in placed if document.view == medium]
@@ -155,8 +156,7 @@ def _by_similarity(
 @torch.no_grad()
 def _embedded(context: EvalContext, objective: str, documents: Sequence[Document]) -> Tensor:
     """Unit embeddings (N, E) of documents of one view, a bin's worth at a time."""
-    size = max(1, context.data.config.bin_tokens // max(len(document.input_ids) for document in documents))
-    groups = [list(documents[start : start + size]) for start in range(0, len(documents), size)]
+    groups = grouped(documents, num_tokens(documents), context.data.config.bin_tokens)
     return torch.cat([torch.from_numpy(embed_documents(context, objective, group)[0][1]) for group in groups])
 
 
@@ -171,7 +171,7 @@ def _by_captioning(
     texts = [np.concatenate([data.tokenizer.encode(text), ending]) for written in _texts(config) for text in written]
 
     def score(bin: Bin) -> list[Scored]:
-        found = context.documents(data, bin)
+        found = documents_of(data.dataset, bin)
         asked = [(place, document) for place, document in found if [at for at, _ in document.media] == [0]]
         documents = [_continued(document, text) for _, document in asked for text in texts]
         sums = torch.tensor([-float(losses.sum()) for losses in token_losses(context, documents)])

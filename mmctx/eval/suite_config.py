@@ -1,6 +1,8 @@
-"""Settings of the suites `caption`, `zero_shot`, `sts`, `probe` and `robustness`."""
+"""Settings of the suites; those of questions in a haystack are in `haystack/config.py`."""
 
 from __future__ import annotations
+
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
@@ -46,3 +48,28 @@ class StsConfig(StrictModel):
     """Named tables of sentence pairs with a score of how alike they are: CSV, or TSV by that ending."""
     columns: tuple[int | str, int | str, int | str] = (0, 1, 2)
     """Where both sentences and the score stand: numbers from 0, or names, which mean that the first line is a header."""
+
+
+class LossByPositionConfig(StrictModel):
+    """Suite `loss_by_position`."""
+
+    documents: int = Field(default=64, ge=1)
+    """The longest held-out documents, so many, are read with less of their context and with it shuffled."""
+    targets: int = Field(default=64, ge=1)
+    """What is scored there: so many predictions at the end of each."""
+    kept: tuple[Annotated[int, Field(ge=1)], ...] = (16, 64, 256, 1024, 4096, 16384)
+    """Tokens in front of them that stay as they are; documents that have no more are left out of that point."""
+
+
+class AttributionConfig(StrictModel):
+    """On which parts of a document do answers rest?"""
+
+    documents: int = Field(default=3, ge=0)
+    """Held-out documents of each kind that are looked at: with a picture, with a clip, interleaved, text alone."""
+    answer_tokens: int = Field(default=12, ge=1)
+    """Longest answer: the model's own, in place of a document's last text."""
+    longest: int = Field(default=2048, ge=2)
+    """Tokens of a document at most: the gradient keeps all layers of it."""
+    steps: int = Field(default=64, ge=1)
+    """Places at which integrated gradients are taken: each costs a forward and a backward pass. `gap` in the results tells
+    whether they are enough."""
