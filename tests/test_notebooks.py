@@ -85,9 +85,9 @@ def test_reads_well(name: str) -> None:
 
 
 def test_machine_paths_are_found() -> None:
-    for path in ("/work/x", "file:/tmp/a", "see /home/me", 'File "/usr/lib/python3"'):
+    for path in ("in /root/x", "file:/tmp/a", "see /home/me", 'File "/usr/lib/python3"'):
         assert MACHINE.search(path.replace("file:", "file: "))
-    for path in ("data/tmp/x", "runs/work/x", "https://host/work/x", "a/home/b"):
+    for path in ("data/tmp/x", "runs/root/x", "https://host/tmp/x", "a/home/b"):
         assert not MACHINE.search(path)
 
 

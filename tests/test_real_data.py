@@ -152,7 +152,7 @@ def test_stamps_learn_flags(flags: Path, tmp_path: Path) -> None:
     found = api.evaluate(train(config).run_dir)["retrieval"]
     for language in ("en", "fr"):
         for view in ("image", "audio"):
-            scores = found[f"{view}_to_text in {language}"]
+            scores = found[f"{view}_to_text"]["by_source"][language]
             assert scores["n"] == len(list(read_heldout(flags / language)))
             assert scores["R@1"] > 3 / scores["n"]
 

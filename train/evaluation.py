@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -86,7 +87,8 @@ class LoopEvaluation:
         """
         if not average and not is_sharded(model):
             return model
-        copy = MmctxModel(without_pretrained(config.model), config.objectives, model.vocab_size)
+        with torch.random.fork_rng(devices=[]):  # fresh weights are drawn on the host, and written over
+            copy = MmctxModel(without_pretrained(config.model), config.objectives, model.vocab_size)
         weights = {**model.state_dict(), **average}
         copy.load_state_dict({name: _whole_tensor(tensor) for name, tensor in weights.items()})
         return copy.to(self._accelerator.device)

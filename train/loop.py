@@ -35,7 +35,8 @@ from mmctx.train.stages import stage_of
 def train(config: RunConfig) -> TrainResult:
     """Trains a run to its last step, from its newest checkpoint if it has one.
 
-    Works alone and under `accelerate launch` or `torchrun`. Evaluation is not part of it: see `mmctx.eval`.
+    Works alone and under `accelerate launch` or `torchrun`. Evaluates on held-out data every
+    `eval.every` steps, if that is set; what runs at the end is `mmctx.evaluate`, called by `mmctx train`.
 
     Raises:
         MmctxError: whatever a user can mend, with the file or key, both values and the remedy.

@@ -6,7 +6,8 @@ from importlib.util import find_spec
 
 from mmctx.datasets.shards.index import expand_shards
 from mmctx.errors import ConfigError
-from mmctx.eval import known_suites
+from mmctx.eval import SUITES, known_suites
+from mmctx.eval.packages import require
 from mmctx.train.config import RunConfig
 from mmctx.train.trackers import EXTRAS
 
@@ -15,8 +16,8 @@ def check_run(config: RunConfig) -> None:
     """Looks for what logging and the evaluation at the end will need.
 
     Raises:
-        ConfigError: an unknown suite, or a package that is not installed.
-        DataError: held-out shards that do not exist.
+        ConfigError: an unknown suite, one that lacks its settings, or a package that is not installed.
+        DataError: held-out shards, or files of a suite, that do not exist.
     """
     for name in config.train.trackers:
         if find_spec(name) is None:
@@ -24,14 +25,14 @@ def check_run(config: RunConfig) -> None:
             raise ConfigError(f"train.trackers: {name} is not installed: pip install 'mmctx[{extra}]'")
     if not config.eval.sources:
         return
-    for key in ("suites", "loop_suites"):
+    suites: list[str] = []
+    for key in ("suites", "loop_suites") if config.eval.every else ("suites",):
         try:
-            known_suites(getattr(config.eval, key))
+            suites += known_suites(getattr(config.eval, key))
         except ConfigError as error:
             raise ConfigError(f"eval.{key}: {error}") from None
     for source in config.eval.sources.values():
         expand_shards(source.shards, config.data.remote_cache)
-    if missing := [name for name in ("jinja2", "jiwer") if find_spec(name) is None]:
-        raise ConfigError(
-            f"eval.sources is set, but {' and '.join(missing)} is not installed: pip install 'mmctx[eval]'"
-        )
+    require("jinja2")  # of the report
+    for name in dict.fromkeys(suites):
+        SUITES[name].check(config.eval)

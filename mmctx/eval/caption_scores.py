@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mmctx.errors import MmctxError
+from mmctx.eval.packages import require
 
 FEWEST_FOR_CIDER = 50
 """CIDEr weighs words by how rare they are among the references: of fewer captions than this it says little."""
@@ -42,14 +42,13 @@ def overlap_scores(
         `bleu_1` to `bleu_4` and `rouge_l` in 0..1, `cider` in 0..10; and what was left out, with the reason.
 
     Raises:
-        MmctxError: pycocoevalcap is not installed.
+        ConfigError: pycocoevalcap is not installed.
     """
-    try:
-        from pycocoevalcap.bleu.bleu import Bleu
-        from pycocoevalcap.cider.cider import Cider
-        from pycocoevalcap.rouge.rouge import Rouge
-    except ImportError:
-        raise MmctxError("scores of captions need pycocoevalcap: pip install 'mmctx[eval]'") from None
+    require("pycocoevalcap")
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
     wanted = {n: [" ".join(caption_tokens(text)) for text in texts] for n, texts in enumerate(references)}
     found = {n: [" ".join(caption_tokens(text))] for n, text in enumerate(predictions)}
     bleu, _ = Bleu().compute_score(wanted, found, verbose=0)
@@ -66,10 +65,9 @@ def error_rates(references: Sequence[str], predictions: Sequence[str]) -> dict[s
     """Character and word error rate (edits over reference length, all texts together), and the share of exact matches, of lower-cased
     texts.
     """
-    try:
-        import jiwer
-    except ImportError:
-        raise MmctxError("the caption suite needs jiwer: pip install 'mmctx[eval]'") from None
+    require("jiwer")
+    import jiwer
+
     references, predictions = (
         [" ".join(text.lower().split()) for text in texts] for texts in (references, predictions)
     )

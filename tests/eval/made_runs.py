@@ -107,7 +107,6 @@ def all_results(edge: int = 1024) -> dict[str, Any]:
         for length in lengths
     }
     caption = {f"image_{name}": 0.5 for name in ("cer", "wer", "exact", "bleu_4", "rouge_l")}
-    probe = {"linear": 0.8, "low": 0.7, "high": 0.9, "l2": 0.01, "knn": {"1": 0.7, "5": 0.72}}
     return {
         "retrieval": {"image_to_text": recall, "text_to_image": recall},
         "zero_shot": {
@@ -138,15 +137,6 @@ def all_results(edge: int = 1024) -> dict[str, Any]:
             }
         },
         "sts": {"en": {"spearman": 0.82, "low": 0.8, "high": 0.84, "n": 1379}},
-        "probe": {"image": {"input": probe, "trunk": probe, "classes": 10, "n_train": 500, "n": 250, "chance": 0.15}},
-        "robustness": {
-            "severities": [0, 1, 2],
-            "retrieval": {
-                f"image/{name}": {"image_to_text": {"R@1": [0.5, 0.3, 0.1], "chance": 0.05}}
-                for name in ("noise", "blur")
-            },
-            "captioning": {"audio/speed": {"loss": [2.0, 2.5, 3.0]}},
-        },
         "attribution": attribution(),
         "loss_by_position": {
             "modalities": {name: {"edges": [[0, 16], [16, 32], [32, 64]], **band} for name in ("all", "image")},

@@ -230,5 +230,5 @@ def test_each_source_is_searched_by_itself_too(tree: dict[str, Any], tmp_path: P
     assert both["image_to_text"]["n"] == 5 + 16
     for name in ("more", "heldout"):
         alone = found_in(name)
-        assert not any(" in " in way for way in alone)
-        assert {way: both[f"{way} in {name}"] for way in alone} == alone
+        assert not any("by_source" in scores for scores in alone.values())
+        assert {way: both[way]["by_source"][name] for way in alone} == alone

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from contexts import far_from_neutral
 
 from mmctx.config import build_config
 from mmctx.datasets.assemble import build_data
@@ -22,13 +23,7 @@ from mmctx.train.config import RunConfig
 def context(tree: dict[str, Any], corpus) -> EvalContext:
     """Pairs and books; a model away from the neutral start, so that it does look."""
     tree["eval"]["sources"]["books"] = {"shards": str(corpus / "books-*.tar"), "objectives": ["captioning"]}
-    config = build_config(RunConfig, tree, "tree")
-    data = build_data(config.data, config.eval.sources, config.model, config.objectives, seed=0)
-    torch.manual_seed(0)
-    model = build_model(config, len(data.tokenizer)).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return EvalContext(model, data, config.objectives, config.eval, torch.device("cpu"))
+    return far_from_neutral(tree)
 
 
 def documents_of(context: EvalContext) -> list:

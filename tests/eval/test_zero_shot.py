@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from contexts import far_from_neutral
 from tiny import triple, write_shard
 from two_ranks import on_two_ranks
 
@@ -18,7 +19,6 @@ from mmctx.eval.suite_config import ZeroShotConfig
 from mmctx.eval.suites.zero_shot import Scored, _scored, class_vectors, summarise
 from mmctx.eval.views import embed_views
 from mmctx.pack import pack_documents
-from mmctx.train.build import build_model
 from mmctx.train.config import RunConfig
 
 CLASSES = ["a red cat", "a blue bird", "moon", "the small house", "fish", "dog", "one tall tree"]
@@ -31,13 +31,7 @@ def make_context(tree: dict[str, Any], tmp_path, classes, templates=("{}",), **s
     write_shard(tmp_path / "h.tar", samples)
     tree["eval"]["sources"]["heldout"]["shards"] = str(tmp_path / "h.tar")
     tree["eval"]["zero_shot"] = {"classes": classes, "templates": list(templates), **settings}
-    config = build_config(RunConfig, tree, "tree")
-    data = build_data(config.data, config.eval.sources, config.model, config.objectives, seed=0)
-    torch.manual_seed(0)
-    model = build_model(config, len(data.tokenizer)).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return EvalContext(model, data, config.objectives, config.eval, torch.device("cpu"))
+    return far_from_neutral(tree)
 
 
 @torch.no_grad()

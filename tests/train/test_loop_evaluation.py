@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 from mmctx.config import build_config
-from mmctx.errors import ConfigError
+from mmctx.errors import ConfigError, MmctxError
 from mmctx.eval.results import read_results
 from mmctx.jsonl import read_lines
 from mmctx.train.config import RunConfig
@@ -35,15 +35,20 @@ def in_processes(tree: dict[str, Any], folder: Path, count: int) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_ranks_give_exactly_the_numbers_of_one(tree: dict[str, Any], tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    "processes", [{"distribution": {"kind": "ddp"}}, {"distribution": {"kind": "fsdp2"}}, {"sequence_parallel": 2}]
+)
+def test_two_ranks_give_exactly_the_numbers_of_one(
+    tree: dict[str, Any], tmp_path: Path, processes: dict[str, Any]
+) -> None:
     tree["eval"] |= {"every": 2, "loop_suites": list(SUITES)}
     # At this rate the weights stay as they are drawn: what differs could only come from the evaluation.
-    tree["train"] |= {"steps": 2, "optimizer": {"lr": 1e-30}, "distribution": {"kind": kind}}
+    tree["train"] |= {"steps": 2, "optimizer": {"lr": 1e-30}}
     tree["run"]["name"] = "one"
     train(build_config(RunConfig, tree, "tree"))
     (one,) = read_results(Path(tree["run"]["dir"]) / "one")
     tree["run"]["name"] = "two"
+    tree["train"] |= processes
     (two,) = read_results(in_processes(tree, tmp_path, 2))
     assert one["retrieval"]["text_to_text1"]["n"] == one["caption"]["image_n"] == 16
     assert {name: two[name] for name in SUITES} == {name: one[name] for name in SUITES}
@@ -80,3 +85,25 @@ def test_evaluations_need_held_out_data(tree: dict[str, Any]) -> None:
     tree["eval"] = {"every": 2}
     with pytest.raises(ConfigError, match="names no held-out shards"):
         build_config(RunConfig, tree, "tree")
+
+
+@pytest.mark.parametrize(
+    ("suite", "settings", "said"),
+    [
+        ("zero_shot", {}, r"zero_shot needs eval\.zero_shot"),
+        ("sts", {}, r"sts needs eval\.sts\.files"),
+        ("sts", {"sts": {"files": {"en": "nowhere.csv"}}}, r"eval\.sts\.files: there is no file nowhere\.csv"),
+        (
+            "needle",
+            {"needle": {"haystack": {"kind": "text", "path": "nowhere"}}},
+            r"haystack\.path: 'nowhere' holds no",
+        ),
+    ],
+)
+def test_what_a_suite_lacks_is_told_before_the_first_step(
+    tree: dict[str, Any], suite: str, settings: dict[str, Any], said: str
+) -> None:
+    tree["eval"] |= {"suites": [suite], **settings}
+    with pytest.raises(MmctxError, match=said):
+        train(build_config(RunConfig, tree, "tree"))
+    assert not Path(tree["run"]["dir"]).exists()

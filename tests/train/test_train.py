@@ -22,6 +22,7 @@ from mmctx.config import build_config
 from mmctx.datasets.assemble import RunData, build_data
 from mmctx.datasets.planning.plan import Plan
 from mmctx.errors import CheckpointError, ConfigError, DataError, SkipBudgetError
+from mmctx.eval import packages
 from mmctx.jsonl import read_lines
 from mmctx.train import preflight
 from mmctx.train.checkpoints.layout import list_checkpoints, resolve_checkpoint
@@ -196,7 +197,8 @@ def test_what_the_evaluation_needs_is_checked_before_training(tree: dict[str, An
 def test_missing_packages_are_named_before_anything_is_read(tree, monkeypatch, package: str, extra: str) -> None:
     tree["train"]["trackers"] = ["tensorboard", "wandb"]
     tree["data"]["sources"]["books"]["shards"] = "nowhere-*.tar"
-    monkeypatch.setattr(preflight, "find_spec", lambda name: None if name == package else object())
+    for module in (preflight, packages):
+        monkeypatch.setattr(module, "find_spec", lambda name: None if name == package else object())
     with pytest.raises(ConfigError, match=rf"{package} is not installed: pip install 'mmctx\[{extra}\]'"):
         train(build(tree, "packages"))
 

@@ -111,6 +111,12 @@ def open_haystack(config: AnyHaystack, data: RunData) -> Haystack:
     return Samples(data, config.sources)
 
 
+def check_haystack(config: AnyHaystack) -> None:
+    """Raises ConfigError if the texts are not there."""
+    if isinstance(config, TextHaystack):
+        Texts(Path(config.path))
+
+
 def stretch(units: Iterator[Part], room: int, speller: Speller) -> list[np.ndarray | MediaItem]:
     """Units of exactly `room` tokens in all.
 

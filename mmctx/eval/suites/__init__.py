@@ -6,8 +6,11 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from mmctx.eval.config import EvalConfig
 from mmctx.eval.context import EvalContext
 from mmctx.eval.haystack.grid import grid_headline
+from mmctx.eval.haystack.sources import check_haystack
+from mmctx.eval.packages import require
 from mmctx.eval.suites.attribution import attribution_headline, evaluate_attribution
 from mmctx.eval.suites.caption import evaluate_caption
 from mmctx.eval.suites.loss import evaluate_loss
@@ -18,10 +21,10 @@ from mmctx.eval.suites.next_sentence import evaluate_next_sentence
 from mmctx.eval.suites.passkey import evaluate_passkey
 from mmctx.eval.suites.recall import evaluate_recall, recall_headline
 from mmctx.eval.suites.retrieval import evaluate_retrieval, retrieval_headline
-from mmctx.eval.suites.sts import evaluate_sts, sts_headline
+from mmctx.eval.suites.sts import check_sts, evaluate_sts, sts_headline
 from mmctx.eval.suites.swapped_media import evaluate_swapped_media, swapped_headline
 from mmctx.eval.suites.world import evaluate_world
-from mmctx.eval.suites.zero_shot import evaluate_zero_shot, zero_shot_headline
+from mmctx.eval.suites.zero_shot import check_zero_shot, evaluate_zero_shot, zero_shot_headline
 
 
 def shallow_numbers(results: Mapping[str, Any], depth: int = 2) -> dict[str, float]:
@@ -35,32 +38,38 @@ def shallow_numbers(results: Mapping[str, Any], depth: int = 2) -> dict[str, flo
     return found
 
 
+def _nothing_to_check(config: EvalConfig) -> None:
+    """The suite reads the held-out sources alone."""
+
+
 class Suite(NamedTuple):
     """One way to look at a model.
 
     Attributes:
         run: gives the suite's results, which JSON can hold; empty where the held-out data have nothing to ask.
         headline: the few numbers of these results that a line of metrics.jsonl and the terminal show.
+        check: raises what the suite would fail for, such as a file that is not there: asked before a run trains for it.
     """
 
     run: Callable[[EvalContext], dict[str, Any]]
     headline: Callable[[Mapping[str, Any]], dict[str, float]] = shallow_numbers
+    check: Callable[[EvalConfig], None] = _nothing_to_check
 
 
 SUITES: dict[str, Suite] = {
     "loss": Suite(evaluate_loss),
     "loss_by_position": Suite(evaluate_loss_by_position, position_headline),
     "retrieval": Suite(evaluate_retrieval, retrieval_headline),
-    "caption": Suite(evaluate_caption),
+    "caption": Suite(evaluate_caption, check=lambda config: require("jiwer", "pycocoevalcap")),
     "masked_lm": Suite(evaluate_masked_lm),
     "next_sentence": Suite(evaluate_next_sentence),
     "recall": Suite(evaluate_recall, recall_headline),
-    "needle": Suite(evaluate_needle, grid_headline),
-    "passkey": Suite(evaluate_passkey, grid_headline),
-    "world": Suite(evaluate_world, grid_headline),
-    "zero_shot": Suite(evaluate_zero_shot, zero_shot_headline),
+    "needle": Suite(evaluate_needle, grid_headline, lambda config: check_haystack(config.needle.haystack)),
+    "passkey": Suite(evaluate_passkey, grid_headline, lambda config: check_haystack(config.passkey.haystack)),
+    "world": Suite(evaluate_world, grid_headline, lambda config: check_haystack(config.world.haystack)),
+    "zero_shot": Suite(evaluate_zero_shot, zero_shot_headline, check_zero_shot),
     "swapped_media": Suite(evaluate_swapped_media, swapped_headline),
-    "sts": Suite(evaluate_sts, sts_headline),
+    "sts": Suite(evaluate_sts, sts_headline, check_sts),
     "attribution": Suite(evaluate_attribution, attribution_headline),
 }
 

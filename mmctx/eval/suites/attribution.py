@@ -17,6 +17,7 @@ from mmctx.datasets.assemble import RunData
 from mmctx.errors import SampleError
 from mmctx.eval.attribution import METHODS, Answer, attribute
 from mmctx.eval.context import EvalContext
+from mmctx.eval.documents import excerpt
 from mmctx.eval.segments import segments_of, shares
 from mmctx.generate import generate
 from mmctx.pack import IGNORE_INDEX, Document, pack_documents
@@ -100,10 +101,10 @@ def explain(context: EvalContext, data: RunData, chosen: Chosen) -> dict[str, An
     """One entry of `examples`: where the document is found, what the model says, and the scores of its context."""
     document, cut, tokenizer = chosen.document, chosen.cut, data.tokenizer
     config = context.config.attribution
-    prompt = excerpt(document, cut, ())
+    prompt = excerpt(document, [(0, cut)])
     packed = pack_documents([prompt], tokenizer.placeholder_ids).to(context.device)
     written = generate(context.model, packed, tokenizer.eos_id, config.answer_tokens)[0] or [tokenizer.eos_id]
-    batch = pack_documents([excerpt(document, cut, written[:-1])], tokenizer.placeholder_ids).to(context.device)
+    batch = pack_documents([continued(prompt, written[:-1])], tokenizer.placeholder_ids).to(context.device)
     with torch.autocast(context.device.type, enabled=False):
         found = attribute(context.model, batch, Answer(cut, tuple(written)), steps=config.steps)
     segments = segments_of(document, cut, tokenizer)
@@ -126,11 +127,10 @@ def explain(context: EvalContext, data: RunData, chosen: Chosen) -> dict[str, An
     }
 
 
-def excerpt(document: Document, cut: int, written: Sequence[int]) -> Document:
-    """The first `cut` tokens of a document, and others behind them; labels are left out."""
-    input_ids = np.concatenate([document.input_ids[:cut], np.array(written, np.int64)])
-    media = tuple((offset, item) for offset, item in document.media if offset < cut)
-    return replace(document, input_ids=input_ids, labels=np.full_like(input_ids, IGNORE_INDEX), media=media)
+def continued(prompt: Document, written: Sequence[int]) -> Document:
+    """A prompt with tokens behind it, none of which is predicted."""
+    input_ids = np.concatenate([prompt.input_ids, np.array(written, np.int64)])
+    return replace(prompt, input_ids=input_ids, labels=np.full_like(input_ids, IGNORE_INDEX))
 
 
 def write_scores(scores: np.ndarray) -> str:

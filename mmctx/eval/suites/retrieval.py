@@ -29,10 +29,9 @@ def evaluate_retrieval(context: EvalContext) -> dict[str, Any]:
 
     A query is a hit if any right candidate ranks among the first k (as in CLIP's evaluations, and in clip_benchmark). The first text is
     called `text`, others `text1`, `text2`; a second similarity objective prefixes its name. Several held-out sources, such as languages,
-    are searched all together, and each by itself: `image_to_text in SOURCE`.
+    are searched all together, and each by itself, under `by_source` of each direction.
     """
     results: dict[str, Any] = {}
-    by_source: dict[str, Any] = {}
     for objective in (names := context.names("similarity")):
         views = embed_views(context, objective)
         pairs: Sequence[tuple[str, str]] = context.objectives[objective].pairs  # type: ignore[union-attr]
@@ -45,14 +44,13 @@ def evaluate_retrieval(context: EvalContext) -> dict[str, Any]:
                 name: view.take(np.flatnonzero(source_numbers(view.samples) == number)) for name, view in views.items()
             }
             for direction, scores in _directions(mine, pairs):
-                by_source[f"{prefix}{direction} in {table.source.name}"] = scores
-    return results | by_source
+                results[prefix + direction].setdefault("by_source", {})[table.source.name] = scores
+    return results
 
 
 def retrieval_headline(results: Mapping[str, Any]) -> dict[str, float]:
     """R@k and MRR of each direction, over all sources together."""
-    ways = [way for way in results if " in " not in way]
-    return {f"{way}/{name}": results[way][name] for way in ways for name in SHOWN}
+    return {f"{way}/{name}": scores[name] for way, scores in results.items() for name in SHOWN}
 
 
 def _directions(views: Mapping[str, View], pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmctx.errors import ConfigError, DataError, MmctxError
+from mmctx.errors import ConfigError, DataError
+from mmctx.eval.config import EvalConfig
 from mmctx.eval.context import EvalContext
+from mmctx.eval.packages import require
 from mmctx.eval.views import embed_texts
 
 
@@ -34,15 +36,23 @@ def evaluate_sts(context: EvalContext) -> dict[str, Any]:
     Raises:
         ConfigError: no files, or no objective that embeds texts.
     """
-    config = context.config.sts
-    if not config.files:
-        raise ConfigError("suite sts needs eval.sts.files, for example eval.sts.files={en: stsb-en-test.csv}")
-    objective = _embedder(context)
-    tables = {name: read_pairs(Path(path), config.columns) for name, path in config.files.items()}
+    objective, tables = _embedder(context), _tables(context.config)
     return {
         name: score_pairs(lambda texts: embed_texts(context, objective, texts, "sts"), pairs)
         for name, pairs in tables.items()
     }
+
+
+def check_sts(config: EvalConfig) -> None:
+    """Raises ConfigError if there are no files or no scipy, DataError if one cannot be read."""
+    require("scipy")
+    _tables(config)
+
+
+def _tables(config: EvalConfig) -> dict[str, list[Pair]]:
+    if not config.sts.files:
+        raise ConfigError("suite sts needs eval.sts.files, for example eval.sts.files={en: stsb-en-test.csv}")
+    return {name: read_pairs(Path(path), config.sts.columns) for name, path in config.sts.files.items()}
 
 
 def sts_headline(results: Mapping[str, Any]) -> dict[str, float]:
@@ -60,10 +70,9 @@ def score_pairs(embed: Callable[[list[str]], Tensor], pairs: Sequence[Pair]) -> 
     Returns:
         `{"spearman", "low", "high", "n"}`; 0 where all cosines are equal, which ranks nothing.
     """
-    try:
-        from scipy.stats import spearmanr
-    except ImportError:
-        raise MmctxError("the sts suite needs scipy: pip install 'mmctx[eval]'") from None
+    require("scipy")
+    from scipy.stats import spearmanr
+
     firsts, seconds = [pair.first for pair in pairs], [pair.second for pair in pairs]
     rows = {text: row for row, text in enumerate(dict.fromkeys(firsts + seconds))}
     vectors = torch.nn.functional.normalize(embed(list(rows)).double(), dim=-1)

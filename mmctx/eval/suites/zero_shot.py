@@ -21,6 +21,7 @@ from mmctx.datasets.assemble import RunData
 from mmctx.datasets.planning.plan import Bin
 from mmctx.datasets.shards.contents import parse_json, read_text
 from mmctx.errors import ConfigError
+from mmctx.eval.config import EvalConfig
 from mmctx.eval.context import EvalContext, each
 from mmctx.eval.documents import Place, documents_of, grouped, num_tokens
 from mmctx.eval.intervals import wilson_interval
@@ -59,9 +60,7 @@ def evaluate_zero_shot(context: EvalContext) -> dict[str, Any]:
     Raises:
         ConfigError: `eval.zero_shot` names no classes.
     """
-    config = context.config.zero_shot
-    if config is None:
-        raise ConfigError("suite zero_shot needs eval.zero_shot, for example eval.zero_shot.classes=[cat, dog]")
+    config = _classes(context.config)
     results: dict[str, Any] = {}
     for kind, make in {"similarity": _by_similarity, "captioning": _by_captioning}.items():
         for objective in context.names(kind):
@@ -100,6 +99,17 @@ def summarise(found: Sequence[Scored], labels: Sequence[str]) -> dict[str, Any]:
         **unlabelled,
         "per_class": per_class,
     }
+
+
+def check_zero_shot(config: EvalConfig) -> None:
+    """Raises ConfigError if there are no classes."""
+    _classes(config)
+
+
+def _classes(config: EvalConfig) -> ZeroShotConfig:
+    if config.zero_shot is None:
+        raise ConfigError("suite zero_shot needs eval.zero_shot, for example eval.zero_shot.classes=[cat, dog]")
+    return config.zero_shot
 
 
 def class_vectors(embeddings: Tensor) -> Tensor:

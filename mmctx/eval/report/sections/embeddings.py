@@ -1,4 +1,4 @@
-"""Sections of the suites that ask what embeddings hold: `sts`, `probe`, `zero_shot`."""
+"""Sections of the suites that ask what embeddings hold: `sts` and `zero_shot`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmctx.eval.report.pieces import Cell, Row, Section, Table
-from mmctx.eval.report.sections.cells import count_cell, interval, score_cell, share_cell
+from mmctx.eval.report.sections.cells import count_cell, score_cell, share_cell
 
 _MAX_CLASSES = 40
 
@@ -30,37 +30,6 @@ def sts_section(results: Mapping[str, Any]) -> Section | None:
         title="Semantic textual similarity",
         about="Spearman's rank correlation between the cosine of two sentences' embeddings and how alike people found them. Chance is 0.",
         parts=(Table(name="spearman", corner="file", columns=("Spearman", "n"), rows=tuple(rows)),),
-    )
-
-
-def probe_section(results: Mapping[str, Any]) -> Section | None:
-    """A row for each view and place: a linear probe and nearest neighbours on frozen embeddings."""
-    views = {name: found for name, found in results.items() if isinstance(found, Mapping) and found.get("classes")}
-    if not views:
-        return None
-    places = ("input", "trunk")
-    neighbours = list(
-        dict.fromkeys(k for view in views.values() for place in places for k in view.get(place, {}).get("knn", {}))
-    )
-    rows = []
-    for name, view in views.items():
-        for place in places:
-            if not (found := view.get(place)):
-                continue
-            chance = view.get("chance")
-            bars = [share_cell(found.get("linear"), chance, about=interval(found))]
-            bars += [share_cell(found.get("knn", {}).get(k), chance) for k in neighbours]
-            counts = [count_cell(view.get(count)) for count in ("classes", "n_train", "n")]
-            rows.append(
-                Row(f"{name}, {'into the trunk' if place == 'input' else 'out of the trunk'}", (*bars, *counts))
-            )
-    columns = ("linear probe", *(f"{k}-NN" for k in neighbours), "classes", "n train", "n")
-    return Section(
-        id="probe",
-        title="Probes of frozen embeddings",
-        about="How well a linear classifier, and the nearest neighbours, tell the classes of held-out samples from what goes into "
-        "the trunk and from what comes out of it. The tick is the share of the commonest class.",
-        parts=(Table(name="accuracy", corner="view", columns=columns, rows=tuple(rows)),),
     )
 
 

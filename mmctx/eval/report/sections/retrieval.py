@@ -1,4 +1,4 @@
-"""Section of the suite `retrieval`: a row for each direction."""
+"""Section of the suite `retrieval`: a row for each direction, and for each source where there are several."""
 
 from __future__ import annotations
 
@@ -17,12 +17,20 @@ def retrieval_section(results: Mapping[str, Any]) -> Section | None:
     directions = {name: scores for name, scores in results.items() if isinstance(scores, Mapping) and scores.get("n")}
     if not directions:
         return None
+    rankings = {
+        f"{direction.replace('_to_', ' → ')}{within}": scores
+        for direction, whole in directions.items()
+        for within, scores in {
+            "": whole,
+            **{f" in {source}": found for source, found in whole.get("by_source", {}).items()},
+        }.items()
+    }
     metrics = [name for name in next(iter(directions.values())) if name == "MRR" or _RECALL.fullmatch(name)]
     counts = ["n", *(["candidates"] if any("candidates" in scores for scores in directions.values()) else [])]
     rows = []
-    for direction, scores in directions.items():
+    for label, scores in rankings.items():
         cells = [_cell(name, scores) for name in metrics] + [count_cell(scores.get(name)) for name in counts]
-        rows.append(Row(direction.replace("_to_", " → "), tuple(cells)))
+        rows.append(Row(label, tuple(cells)))
     table = Table(name="directions", corner="direction", columns=(*metrics, *counts), rows=tuple(rows))
     return Section(
         id="retrieval",
