@@ -13,7 +13,7 @@ turns in one process, by the clock and by the processor. First the loss of every
 smaller problem: ours is asserted, the others are shown (torch's loss is wrong in bfloat16).
 
 Processors without bf16 matrix products (most without AVX-512) make PyTorch multiply element by element, a hundred times slower. There,
-naive is given products by way of float32, as ours does by itself, and torch's own is left out in bfloat16.
+naive is given products by way of float32, and torch's own is left out in bfloat16. Ours goes by way of float32 wherever that is faster.
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ import torch.nn.functional as F
 from common import best_in_turns, machine, parse, report, run_peer, versions
 
 sys.path.insert(0, str(Path(__file__).parent / "sides"))
-from cross_entropy_side import SIDES, problem
-
-from mmctx.objectives.linear_cross_entropy import has_bf16_products
+from cross_entropy_side import SIDES, has_bf16_products, problem
 
 SCRIPT = Path(__file__).parent / "sides" / "cross_entropy_side.py"
 BARS = {"memory": 15.0, "float32": 1.0, "bfloat16": 0.65}
