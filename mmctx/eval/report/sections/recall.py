@@ -9,6 +9,8 @@ from mmctx.eval.report.pieces import Cell, HeatMap, Lines, Note, Part, Row, Sect
 from mmctx.eval.report.sections.cells import count_cell, percent, score_cell
 from mmctx.eval.suites.recall import passes
 
+_KINDS = {"needle": "needles in text", "picture": "pictures", "recall": "pairs of words"}
+
 
 def recall_section(results: Mapping[str, Any]) -> Section | None:
     """See the file; nothing where no held-out document had questions."""
@@ -20,7 +22,7 @@ def recall_section(results: Mapping[str, Any]) -> Section | None:
         _kinds(lengths),
         _heat_map("all", {n: found["depths"] for n, found in lengths.items()}),
     ]
-    parts += [_heat_map(kind, heat) for kind, heat in (results.get("heat") or {}).items()]
+    parts += _maps_of_kinds(results)
     controls = results.get("controls")
     if controls:
         alone, removed = controls["alone"], controls["removed"]
@@ -58,6 +60,15 @@ def _curves(results: Mapping[str, Any], lengths: Mapping[str, Any]) -> Lines:
         share=True,
         wide=True,
     )
+
+
+def _maps_of_kinds(results: Mapping[str, Any]) -> list[Part]:
+    """A map of each kind; of a run with stages, one after each: the edge where recall ends moves with the context trained on."""
+    stages = [stage for stage in results.get("stages") or () if stage.get("heat")]
+    if not stages:
+        return [_heat_map(kind, heat) for kind, heat in (results.get("heat") or {}).items()]
+    kinds = [kind for kind in _KINDS if all(kind in stage["heat"] for stage in stages)]
+    return [_heat_map(f"{_KINDS[kind]}, {stage['label']}", stage["heat"][kind]) for kind in kinds for stage in stages]
 
 
 def _heat_map(kind: str, heat: Mapping[str, Any]) -> HeatMap:
