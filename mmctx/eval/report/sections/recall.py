@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from mmctx.eval.report.pieces import Cell, HeatMap, Lines, Note, Part, Row, Section, Series, Table
 from mmctx.eval.report.sections.cells import count_cell, percent, score_cell
 from mmctx.eval.suites.recall import passes
 
-_KINDS = {"needle": "needles in text", "picture": "pictures", "recall": "pairs of words"}
+_KINDS = {"needle": "Needles in text", "picture": "Values of pictures", "recall": "Pairs of words"}
 
 
 def recall_section(results: Mapping[str, Any]) -> Section | None:
@@ -67,8 +68,14 @@ def _maps_of_kinds(results: Mapping[str, Any]) -> list[Part]:
     stages = [stage for stage in results.get("stages") or () if stage.get("heat")]
     if not stages:
         return [_heat_map(kind, heat) for kind, heat in (results.get("heat") or {}).items()]
-    kinds = [kind for kind in _KINDS if all(kind in stage["heat"] for stage in stages)]
-    return [_heat_map(f"{_KINDS[kind]}, {stage['label']}", stage["heat"][kind]) for kind in kinds for stage in stages]
+    parts: list[Part] = []
+    for kind, name in _KINDS.items():
+        if all(kind in stage["heat"] for stage in stages):
+            parts.append(
+                Note(name=f"maps of {kind}", text=f"{name}, exact answers by length and depth after each stage, in %:")
+            )
+            parts += [replace(_heat_map(f"{kind} {s['label']}", s["heat"][kind]), label=s["label"]) for s in stages]
+    return parts
 
 
 def _heat_map(kind: str, heat: Mapping[str, Any]) -> HeatMap:
