@@ -26,9 +26,9 @@ from mmctx.sample import Sample, make_uid
 CORRUPTIONS: dict[str, tuple[float, ...]] = {
     "image/noise": (0.08, 0.12, 0.18, 0.26, 0.38),
     "image/blur": (1, 2, 3, 4, 6),
-    "image/crop": (0.8, 0.6, 0.4, 0.25, 0.15),
-    "audio/noise": (20, 15, 10, 5, 0),
-    "audio/speed": (1.1, 1.25, 1.5, 1.75, 2.0),
+    "image/crop": (0.9, 0.75, 0.6, 0.4, 0.2),
+    "audio/noise": (40, 30, 20, 10, 0),
+    "audio/speed": (1.05, 1.1, 1.25, 1.5, 2.0),
     "text/typos": (0.02, 0.05, 0.1, 0.2, 0.3),
 }
 """How strong each is at severities 1 to 5. `image/noise`: standard deviation of Gaussian noise, white being 1; `image/blur`: that of a

@@ -65,7 +65,9 @@ class ProbeConfig(StrictModel):
     """How many of them are read at most, drawn at random."""
     neighbours: tuple[Annotated[int, Field(ge=1)], ...] = (1, 5, 20)
     """The k of k-NN."""
-    inverse_penalties: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(1e-3, 1e-2, 0.1, 1, 10), min_length=1)
+    inverse_penalties: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        default=(1e-3, 1e-2, 0.1, 1, 10, 100), min_length=1
+    )
     """The C of the linear probe, one of which is chosen on a fifth of the samples to fit on."""
 
     @model_validator(mode="after")

@@ -42,11 +42,12 @@ def evaluate_robustness(context: EvalContext) -> dict[str, Any]:
             for way, scores in _retrieval(context, clean, name, severity):
                 ways.setdefault(way, []).append(scores)
             for way, scores in _zero_shot(context, name, severity).items():
-                classes.setdefault(way, []).append(scores)
+                if scores["n"]:
+                    classes.setdefault(way, []).append(scores)
         if ways:
             retrieval[name] = {way: _recall_curve(found) for way, found in ways.items()}
         if classes:
-            zero_shot[name] = {way: _class_curve(found) for way, found in classes.items() if found[0]["n"]}
+            zero_shot[name] = {way: _class_curve(found) for way, found in classes.items()}
     if not retrieval and not zero_shot:
         return {}
     levels = {

@@ -10,7 +10,7 @@ from mmctx.eval.report.pieces import Cell, Row, Section, Table
 from mmctx.eval.report.sections.cells import count_cell, interval, score_cell, share_cell
 
 _MAX_CLASSES = 40
-_READINGS = {"input": "into the trunk", "trunk": "out of the trunk", "embedding": "similarity embedding"}
+_READINGS = ("input", "trunk", "embedding")
 
 
 def sts_section(results: Mapping[str, Any]) -> Section | None:
@@ -43,7 +43,7 @@ def probe_section(results: Mapping[str, Any]) -> Section | None:
     readings = [(name, view, reading) for name, view in views.items() for reading in _READINGS if reading in view]
     classifiers = list(dict.fromkeys(kind for _, view, reading in readings for kind in view[reading]))
     rows = [
-        Row(f"{name}, {_READINGS[reading]}", tuple(_probe_cell(view[reading].get(kind), view) for kind in classifiers))
+        Row(f"{name}, {reading}", tuple(_probe_cell(view[reading].get(kind), view) for kind in classifiers))
         for name, view, reading in readings
     ]
     columns = tuple("linear probe" if kind == "linear" else kind for kind in classifiers)
@@ -60,13 +60,13 @@ def probe_section(results: Mapping[str, Any]) -> Section | None:
         )
         for name, view in views.items()
     ]
-    asked = ("label", *counts.values(), "chance", "commonest class")
+    asked = ("label", *counts.values(), "chance", "majority")
     return Section(
         id="probe",
         title="Probes of frozen embeddings",
         about="How well a linear classifier, and the nearest neighbours among training samples, tell the classes of held-out samples: "
-        "from the mean of what goes into the trunk, of what comes out of it, and from the embedding that is trained for similarity. The "
-        "tick is what always naming the commonest class reaches.",
+        "by the mean of what goes into the trunk (input), of what comes out of it (trunk), and by the embedding that is trained for "
+        "similarity. The tick is what always naming the commonest class of training, the majority, reaches.",
         parts=(
             Table(name="accuracy", corner="view", columns=columns, rows=tuple(rows)),
             Table(name="asked", corner="view", columns=asked, rows=tuple(about)),
@@ -78,7 +78,7 @@ def _probe_cell(found: Mapping[str, Any] | None, view: Mapping[str, Any]) -> Cel
     if not found:
         return None
     cell = share_cell(found.get("accuracy"), view.get("majority"), about=interval({**found, "n": view.get("n")}))
-    return cell and replace(cell, tick="commonest class")
+    return cell and replace(cell, tick="majority")
 
 
 def zero_shot_section(results: Mapping[str, Any]) -> Section | None:
