@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from mmctx.datasets.assemble import RunData
 from mmctx.eval.context import EvalContext
 from mmctx.eval.corruptions import CORRUPTIONS, corrupt
 from mmctx.eval.suites.retrieval import label, score_pair
@@ -33,17 +34,19 @@ def evaluate_robustness(context: EvalContext) -> dict[str, Any]:
     """
     config = context.config.robustness
     clean = {name: embed_views(context, name, "robustness") for name in context.names("similarity")}
+    clean_classes = {medium: _zero_shot(context, context.data, medium) for medium in MODALITIES}
     retrieval: dict[str, Any] = {}
     zero_shot: dict[str, Any] = {}
     for name in config.corruptions:
-        ways: dict[str, list[dict[str, Any]]] = {}
-        classes: dict[str, list[dict[str, Any]]] = {}
-        for severity in (0, *config.severities):
-            for way, scores in _retrieval(context, clean, name, severity):
-                ways.setdefault(way, []).append(scores)
-            for way, scores in _zero_shot(context, name, severity).items():
-                if scores["n"]:
-                    classes.setdefault(way, []).append(scores)
+        modality = name.partition("/")[0]
+        ways = {way: [scores] for way, scores in _retrieval(context, clean, modality, None)}
+        classes = {way: [scores] for way, scores in clean_classes.get(modality, {}).items()}
+        for severity in config.severities if ways or classes else ():
+            data = corrupt(context.data, name, severity)
+            for way, scores in _retrieval(context, clean, modality, data):
+                ways[way].append(scores)
+            for way, scores in _zero_shot(context, data, modality).items():
+                classes[way].append(scores)
         if ways:
             retrieval[name] = {way: _recall_curve(found) for way, found in ways.items()}
         if classes:
@@ -70,11 +73,11 @@ def robustness_headline(results: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _retrieval(
-    context: EvalContext, clean: Mapping[str, Mapping[str, View]], name: str, severity: int
+    context: EvalContext, clean: Mapping[str, Mapping[str, View]], modality: str, data: RunData | None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Corrupted views as queries among the clean ones that they are paired with, as in the suite `retrieval`."""
-    modality = name.partition("/")[0]
-    data = corrupt(context.data, name, severity) if severity else None
+    """Views of a modality as queries among the clean ones that they are paired with, as in the suite `retrieval`; those of `data`, the same
+    samples corrupted, or the clean ones themselves.
+    """
     for number, (objective, views) in enumerate(clean.items()):
         pairs: Sequence[tuple[str, str]] = context.objectives[objective].pairs  # type: ignore[union-attr]
         ways = [
@@ -98,12 +101,12 @@ def _with_contents(worse: View, clean: View) -> View:
     return View(worse.take(rows).embeddings, worse.samples[rows], clean.contents[places])
 
 
-def _zero_shot(context: EvalContext, name: str, severity: int) -> dict[str, Any]:
-    medium = name.partition("/")[0]
-    if context.config.zero_shot is None or medium not in MODALITIES:
+def _zero_shot(context: EvalContext, data: RunData, modality: str) -> dict[str, Any]:
+    """What the suite `zero_shot` finds on `data`; nothing without classes or samples that have one."""
+    if context.config.zero_shot is None or modality not in MODALITIES:
         return {}
-    data = corrupt(context.data, name, severity) if severity else context.data
-    return score_classes(replace(context, data=data), "robustness", (medium,))
+    found = score_classes(replace(context, data=data), "robustness", (modality,))
+    return {way: scores for way, scores in found.items() if scores["n"]}
 
 
 def _recall_curve(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
