@@ -90,6 +90,7 @@ def test_an_oracle_names_all_and_a_blind_model_the_commonest(tree: dict[str, Any
     assert (low, high) == pytest.approx((0.1381, 0.6094) if blind else (0.7575, 1.0), abs=1e-4)  # Wilson, of 12
 
 
+@pytest.mark.slow
 def test_labels_without_meaning_are_at_chance(tree: dict[str, Any], tmp_path: Path) -> None:
     """Real features under shuffled labels: a probe that is above chance by another way than what features tell would show here."""
     context = far_from_neutral(make_tree(tree, tmp_path, ["a"], ["a", "b"] * 40))
@@ -156,6 +157,7 @@ def test_views_that_nothing_embeds_have_two_readings(tree: dict[str, Any], tmp_p
     assert all("embedding" not in scores and {"input", "trunk"} < scores.keys() for scores in found.values())
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_numbers_of_one(tree: dict[str, Any], tmp_path: Path) -> None:
     train = ["abc"[n % 3] for n in range(70)]
     context = far_from_neutral(make_tree(tree, tmp_path, train, train[:40]))
