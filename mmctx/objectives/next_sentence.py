@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mmctx.objectives.base import LossSum, ObjectiveConfig, ids
 from mmctx.objectives.neighbours import text_lengths, whole_text
+from mmctx.objectives.output_head import OutputHead
 from mmctx.pack import IGNORE_INDEX, Document, PackedBatch
 from mmctx.sample import Sample, SampleSizes
 from mmctx.tokenizer import TextTokenizer
@@ -111,7 +112,7 @@ class NextSentenceLoss(nn.Module):
         """Documents."""
         return len(batch.label_positions.get(self.name, ()))
 
-    def forward(self, hidden: Tensor, batch: PackedBatch, head: Tensor) -> LossSum:
+    def forward(self, hidden: Tensor, batch: PackedBatch, head: OutputHead) -> LossSum:
         """See `ModelHalf`."""
         positions = batch.label_positions.get(self.name)
         if positions is None:
