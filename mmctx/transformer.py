@@ -1,7 +1,8 @@
 """The trunk: a causal or bidirectional transformer over one flat sequence of packed documents.
 
 A superset of Llama, Mistral, Qwen2 and Qwen3: RMSNorm (or LayerNorm), rotary positions with scaling, grouped-query attention,
-optional query/key norm and biases, SwiGLU, per-layer windows. And of GPT-2 and BERT: learned positions, GELU, norms behind instead of before.
+optional query/key norm and biases, SwiGLU, per-layer windows. And of GPT-2 and BERT: learned positions, GELU, norms behind instead of
+before.
 
 Shapes: T tokens, D width, H query heads, K key/value heads, d head width, F feed-forward width.
 """
@@ -35,8 +36,8 @@ class TransformerConfig(StrictModel):
     """Shape of the trunk."""
 
     pretrained: str | None = None
-    """Folder of a Transformers model (Llama, Mistral, Qwen2, Qwen3, GPT-2 or BERT) whose weights a fresh run starts from. The shape comes from
-    its `config.json`: what is written here beside must agree, but for `rope`, `windows` and `learned_positions`, which may be changed."""
+    """Folder of a Transformers model (Llama, Mistral, Qwen2, Qwen3, GPT-2 or BERT) whose weights a fresh run starts from. The shape comes
+    from its `config.json`: what is written here beside must agree, but for `rope`, `windows` and `learned_positions`, which may change."""
     width: int = Field(default=192, ge=1)
     """D."""
     depth: int = Field(default=4, ge=1)
