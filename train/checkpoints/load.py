@@ -47,10 +47,11 @@ def read_model(checkpoint: Path) -> tuple[MmctxModel, TextTokenizer, RunConfig]:
 
 
 def without_pretrained(config: ModelConfig) -> ModelConfig:
-    """The same shape with fresh encoder weights: a checkpoint brings its own, so nothing needs downloading."""
-    if config.image is None:
-        return config
-    return config.model_copy(update={"image": config.image.model_copy(update={"pretrained": False})})
+    """The same shape with fresh weights: a checkpoint brings its own, so no folder is read and nothing needs downloading."""
+    fresh = {"transformer": config.transformer.model_copy(update={"pretrained": None})}
+    if config.image is not None:
+        fresh["image"] = config.image.model_copy(update={"pretrained": False})
+    return config.model_copy(update=fresh)
 
 
 def load_weights(model: nn.Module, checkpoint: Path) -> None:
