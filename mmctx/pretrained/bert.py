@@ -72,7 +72,7 @@ def _describe(config: TransformerConfig, about: dict[str, Any]) -> Any:
 
     return BertConfig(
         vocab_size=about["vocab_size"],
-        max_position_embeddings=config.learned_positions,
+        max_position_embeddings=config.learned_positions,  # type: ignore[arg-type]
         hidden_size=config.width,
         num_hidden_layers=config.depth,
         num_attention_heads=config.num_heads,

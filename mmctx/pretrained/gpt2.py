@@ -81,7 +81,7 @@ def _describe(config: TransformerConfig, about: dict[str, Any]) -> Any:
 
     return GPT2Config(
         vocab_size=about["vocab_size"],
-        n_positions=config.learned_positions,
+        n_positions=config.learned_positions,  # type: ignore[arg-type]
         n_embd=config.width,
         n_layer=config.depth,
         n_head=config.num_heads,

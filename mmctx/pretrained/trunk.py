@@ -171,7 +171,7 @@ def _class_name(config: Any, auto: str) -> str:
 
 def _their_tensors(model: MmctxModel, family: Family, target: TransformerConfig) -> dict[str, Tensor]:
     """Everything under the names of the family's class with a head; biases that only the family has are zeros."""
-    ours = {name: tensor.detach().float().cpu() for name, tensor in model.state_dict().items()}
+    ours: dict[str, Tensor] = {name: tensor.detach().float().cpu() for name, tensor in model.state_dict().items()}
     theirs: dict[str, Tensor] = {}
     for part in family.parts(target):
         if part.ours not in ours:
@@ -183,7 +183,7 @@ def _their_tensors(model: MmctxModel, family: Family, target: TransformerConfig)
     if family.token_types is not None:
         theirs[family.token_types] = ours["embedding.weight"].new_zeros(2, target.width)
     for name, others in _vocabulary(model, family).items():
-        theirs |= dict.fromkeys(others, ours[name][: model.vocab_size])
+        theirs |= {other: ours[name][: model.vocab_size] for other in others}
     heads = ("lm_head.", "cls.")  # beside the trunk, not in it
     return {
         name if name.startswith(heads) else family.prefix + name: tensor.clone().contiguous()
