@@ -183,7 +183,8 @@ def _their_tensors(model: MmctxModel, family: Family, target: TransformerConfig)
     if family.token_types is not None:
         theirs[family.token_types] = ours["embedding.weight"].new_zeros(2, target.width)
     for name, others in _vocabulary(model, family).items():
-        theirs |= {other: ours[name][: model.vocab_size] for other in others}
+        rows: Tensor = ours[name][: model.vocab_size]
+        theirs |= dict.fromkeys(others, rows)
     heads = ("lm_head.", "cls.")  # beside the trunk, not in it
     return {
         name if name.startswith(heads) else family.prefix + name: tensor.clone().contiguous()
