@@ -8,8 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from mmctx.model import MmctxModel
+from mmctx.objectives.next_sentence import NextSentenceLoss
 from mmctx.pretrained.family import Family, Part, affine, block_parts, fused
-from mmctx.pretrained.folder import refuse
+from mmctx.pretrained.folder import Weights, refuse
 from mmctx.pretrained.gpt2 import ACTIVATIONS, BIASED, objections_to
 from mmctx.transformer import TransformerConfig
 
@@ -63,6 +67,24 @@ def _parts(config: TransformerConfig) -> list[Part]:
     return block_parts(config.depth, block, rest)
 
 
+def _next_sentence(model: MmctxModel, weights: Weights) -> dict[str, Tensor]:
+    """BERT's pooler and the probe of its next sentence prediction, for objectives of that kind with `marks: cls`.
+
+    BERT has two logits, first the one for a sentence that follows: their difference is our log-odds.
+    """
+    found: dict[str, Tensor] = {}
+    for name, half in model.objectives.items():
+        if not isinstance(half, NextSentenceLoss) or half.pooler is None:
+            continue
+        for kind in ("weight", "bias"):
+            if (pooler := f"pooler.dense.{kind}") in weights:
+                found[f"objectives.{name}.pooler.{kind}"] = weights.read(pooler)
+            if (probe := f"cls.seq_relationship.{kind}") in weights:
+                follows, distant = weights.read(probe).float()
+                found[f"objectives.{name}.probe.{kind}"] = (follows - distant)[None]
+    return found
+
+
 def _objections(config: TransformerConfig) -> list[str]:
     return objections_to(config, "bert", {"norm_place": "post", "embedding_norm": True, "head_transform": True})
 
@@ -95,6 +117,7 @@ BERT = Family(
     objections=_objections,
     describe=_describe,
     auto="AutoModelForMaskedLM",
+    heads=_next_sentence,
     positions="embeddings.position_embeddings.weight",
     token_types="embeddings.token_type_embeddings.weight",
 )

@@ -57,6 +57,8 @@ class Family(NamedTuple):
     """Transformers' class that loads it."""
     positions: str | None = None
     """Name of the learned positions."""
+    heads: Callable[[Any, Any], dict[str, Tensor]] | None = None
+    """`(model, weights)` -> what the folder knows of heads of single objectives, by our names."""
     token_types: str | None = None
     """Name of BERT's embeddings of the first and second sentence. We have no second: its first row is added to the positions."""
 

@@ -54,6 +54,8 @@ def load_trunk(model: MmctxModel, folder: str | Path) -> None:
     for ours, theirs in _vocabulary(model, family).items():
         name = next((name for name in theirs if name in weights), theirs[0])
         tensors[ours] = _grown(weights.read(name).float(), len(model.get_parameter(ours)), known)
+    if family.heads is not None:
+        tensors |= family.heads(model, weights)
     for name, tensor in tensors.items():
         _copy(model.get_parameter(name), tensor, name, folder)
     buffers = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")  # of older Transformers: masks and angles
