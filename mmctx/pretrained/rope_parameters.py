@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +55,15 @@ def write_rope(rope: RopeConfig, head_dim: int) -> dict[str, Any]:
         theirs["original_max_position_embeddings"] = rope.original_context
         theirs |= {name: value for name in _OPTIONS[kind] if (value := getattr(rope, name)) is not None}
     return theirs
+
+
+def say_rope_as_before(path: Path) -> None:
+    """Repeats `rope_parameters` of a `config.json` as `rope_theta` and `rope_scaling`: readers before Transformers 5 know these alone, and
+    would take the default positions without a word."""
+    tree = json.loads(path.read_text())
+    rope = tree.get("rope_parameters")
+    if rope is None:
+        return
+    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+    tree |= {"rope_theta": rope["rope_theta"], "rope_scaling": None if rope["rope_type"] == "default" else scaling}
+    path.write_text(json.dumps(tree, indent=2) + "\n")

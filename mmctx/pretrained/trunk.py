@@ -17,6 +17,7 @@ from mmctx.learned_positions import resize_positions
 from mmctx.model import MmctxModel
 from mmctx.pretrained.family import Family
 from mmctx.pretrained.folder import KEY, Weights, read_config
+from mmctx.pretrained.rope_parameters import say_rope_as_before
 from mmctx.pretrained.shape import FAMILIES, check_agrees, read_shape
 from mmctx.transformer import TransformerConfig
 
@@ -162,6 +163,7 @@ def export_trunk(
     tensors = _their_tensors(model, family, TransformerConfig.model_validate(family.shape(theirs, folder)))
     folder.mkdir(parents=True, exist_ok=True)
     theirs.save_pretrained(folder)
+    say_rope_as_before(folder / "config.json")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 

@@ -67,6 +67,12 @@ def test_exported_tensors_are_all_that_transformers_wants(name: str, folders: di
     """No weight is missing, superfluous or of another shape: what other loaders of these folders, such as vLLM's, go by."""
     kind = name.split("-")[0]
     export_trunk(load(folders[name], VOCAB), tmp_path / "out", kind, context_length=128)
+    tree = json.loads((tmp_path / "out" / "config.json").read_text())
+    if "rope_parameters" in tree:  # readers before Transformers 5
+        assert tree["rope_theta"] == tree["rope_parameters"]["rope_theta"]
+        assert {"rope_type": "default"} | (tree["rope_scaling"] or {}) | {"rope_theta": tree["rope_theta"]} == tree[
+            "rope_parameters"
+        ]
     cls = getattr(transformers, MODELS[name][0])
     _, found = cls.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(found.values()), found
