@@ -104,6 +104,18 @@ def test_berts_first_checkpoints_name_norms_otherwise(folders: dict[str, Path], 
     assert_close(logits(load(tmp_path / "old", VOCAB), texts, causal=False), want)
 
 
+def test_gpt2s_first_checkpoints_have_no_prefix_and_store_masks(folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders["gpt2"], tmp_path / "old")
+    path = tmp_path / "old" / "model.safetensors"
+    old = {name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}
+    assert "h.0.attn.c_attn.weight" in old
+    old |= {f"h.{layer}.attn.bias": torch.ones(1, 1, 40, 40).tril() for layer in range(3)}
+    save_file(old, path, metadata={"format": "pt"})
+    texts = documents()
+    want = their_logits(open_theirs(folders["gpt2"]), texts)
+    assert_close(logits(load(tmp_path / "old", VOCAB), texts, causal=True), want)
+
+
 def test_older_folders_keep_rope_at_the_top(folders: dict[str, Path], tmp_path: Path) -> None:
     """`rope_theta` and `rope_scaling`, as before Transformers 5."""
     shutil.copytree(folders["llama-llama3"], tmp_path / "old")
