@@ -6,7 +6,7 @@ Shapes: T tokens, D width, V vocabulary, S media slots, R rows of an encoder's o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from mmctx.activations import ActivationsConfig
 from mmctx.config import StrictModel
-from mmctx.encoders.audio import AudioEncoder, AudioEncoderConfig
 from mmctx.encoders.image import ImageEncoder, ImageEncoderConfig
+from mmctx.encoders.sound import AnySoundConfig, build_sound_encoder
 from mmctx.errors import ConfigError
 from mmctx.kv_cache import Branches, KVCache
 from mmctx.layout import DocumentLayout
@@ -26,7 +26,7 @@ from mmctx.ranges import timed
 from mmctx.rope import grid_positions
 from mmctx.transformer import Transformer, TransformerConfig
 
-ENCODERS: dict[str, type[nn.Module]] = {"image": ImageEncoder, "audio": AudioEncoder}
+ENCODERS: dict[str, Callable[..., nn.Module]] = {"image": ImageEncoder, "audio": build_sound_encoder}
 VOCAB_MULTIPLE = 64  # embedding rows are rounded up to this: aligned matrix products are faster
 
 
@@ -37,8 +37,8 @@ class ModelConfig(StrictModel):
     """The trunk."""
     image: ImageEncoderConfig | None = None
     """Encoder of pictures; null for a model that sees none."""
-    audio: AudioEncoderConfig | None = None
-    """Encoder of sound; null for a model that hears none."""
+    audio: AnySoundConfig | None = None
+    """Encoder of sound, of kind `logmel` (trained from scratch), `whisper` or `ast`; null for a model that hears none."""
 
 
 class StepOutputs(NamedTuple):

@@ -16,7 +16,7 @@ from mmctx.datasets.planning.split import cut, split_sample
 from mmctx.datasets.shards.contents import REASONS
 from mmctx.datasets.shards.measure import MEDIA_KINDS
 from mmctx.datasets.shards.source import Source
-from mmctx.encoders.audio import AudioPreprocessor
+from mmctx.encoders.audio_front_end import AudioPreprocessor
 from mmctx.encoders.image import ImagePreprocessor
 from mmctx.errors import ConfigError
 from mmctx.flops import Work
@@ -239,7 +239,7 @@ class SourceTable:
     def _tokens_and_costs(self, sizes: SampleSizes, lengths: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         tokens = np.sum([part.sum(axis=1) for part in lengths], axis=0)
         costs = (
-            tokens * self.work.token + sizes.num_images * self.work.image + sizes.audio_tokens * self.work.audio_token
+            tokens * self.work.token + sizes.num_images * self.work.image + sizes.audio_tokens * self.work.audio_share
         )
         for half, part in zip(self.halves, lengths, strict=True):
             costs = costs + self.work.attention(part, half.causal).sum(axis=1) + half.labels(sizes) * self.work.label
