@@ -59,6 +59,11 @@ class AudioEncoder(nn.Module):
             "positions", sinusoids(config.chunk_frames // config.stride, config.width), persistent=False
         )
 
+    @property
+    def one_pass(self) -> bool:
+        """Whether a batch passes through the blocks once, whatever it holds."""
+        return self.chunk is None
+
     def forward(self, media: MediaBatch) -> Tensor:
         """Encodes all clips of a batch.
 

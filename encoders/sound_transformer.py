@@ -58,6 +58,11 @@ class PretrainedSoundEncoder(nn.Module):
         if config.pretrained:
             load_sound_weights(self, config)
 
+    @property
+    def one_pass(self) -> bool:
+        """Whether a batch passes through the blocks once, whatever it holds."""
+        return self.chunk is None
+
     def forward(self, media: MediaBatch) -> Tensor:
         """Encodes all clips of a batch.
 

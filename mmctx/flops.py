@@ -29,12 +29,14 @@ class Work:
     Attributes:
         token: of the trunk's matrices, for each token.
         label: of the output head, for each position with a label.
-        image: of the image encoder, for each picture.
+        image: of the image encoder, for each picture, however large; where all are of one size, that is all of it.
         audio_token: of the sound encoder, for each embedding it makes, as if it saw itself alone.
         windows: window of each layer, None for a global one.
         width: H * d, channels of attention.
         audio_square: of attention in the sound encoder, for each ordered pair of different embeddings of a clip (or chunk of one).
         audio_chunk: embeddings that see each other at most.
+        image_token: of the image encoder, for each embedding it makes, as if it saw itself alone, where sizes differ.
+        image_square: of attention in the image encoder, for each ordered pair of different embeddings of a picture, where sizes differ.
         audio_item: of the sound encoder, for each clip (or chunk of one), however long.
     """
 
@@ -47,6 +49,8 @@ class Work:
     audio_square: int = 0
     audio_chunk: int = 1
     audio_item: int = 0
+    image_token: int = 0
+    image_square: int = 0
 
     @property
     def audio_share(self) -> int:
@@ -59,6 +63,11 @@ class Work:
         for window in set(self.windows):
             pairs += self.windows.count(window) * count_pairs(lengths, causal, window)
         return 4 * FORWARD_AND_BACKWARD * self.width * pairs
+
+    def pictures(self, num_tokens: np.ndarray) -> np.ndarray:
+        """FLOPs of the image encoder over pictures of so many embeddings (n,)."""
+        num_tokens = np.asarray(num_tokens, np.int64)
+        return self.image + num_tokens * self.image_token + (num_tokens**2 - num_tokens) * self.image_square
 
     def clips(self, num_tokens: np.ndarray) -> np.ndarray:
         """FLOPs of the sound encoder over clips of so many embeddings (n,), attention among them included."""
@@ -77,7 +86,7 @@ class Work:
         total += int(self.attention(lengths[: layout.num_causal], causal=True).sum())
         total += int(self.attention(lengths[layout.num_causal :], causal=False).sum())
         if "image" in media:
-            total += len(media["image"].num_tokens) * self.image
+            total += int(self.pictures(np.array(media["image"].num_tokens)).sum())
         if "audio" in media:
             total += int(self.clips(np.array(media["audio"].num_tokens)).sum())
         return total
@@ -95,18 +104,21 @@ def estimate_work(config: ModelConfig, vocab_size: int) -> Work:
     """The work of a model, from its config alone: encoders are run once without data, on the meta device."""
     image, audio = config.image, config.audio
     trunk = config.transformer
+    sight = ImageEncoder.flops(image, trunk.width) if image else None
     sound = SOUND_ENCODERS[audio.kind].flops(audio, trunk.width) if audio else None
     rows = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     return Work(
         token=2 * FORWARD_AND_BACKWARD * trunk_matrices(trunk),
         label=2 * FORWARD_AND_BACKWARD * rows * trunk.width,
-        image=FORWARD_AND_BACKWARD * ImageEncoder.flops(image, trunk.width) if image else 0,
+        image=FORWARD_AND_BACKWARD * sight.item if sight else 0,
         audio_token=FORWARD_AND_BACKWARD * sound.token if sound else 0,
         windows=tuple(trunk.layer_window(layer) for layer in range(trunk.depth)),
         width=trunk.num_heads * trunk.head_width,
         audio_square=FORWARD_AND_BACKWARD * sound.square if sound else 0,
         audio_chunk=audio.chunk_tokens if audio else 1,
         audio_item=FORWARD_AND_BACKWARD * sound.item if sound else 0,
+        image_token=FORWARD_AND_BACKWARD * sight.token if sight else 0,
+        image_square=FORWARD_AND_BACKWARD * sight.square if sight else 0,
     )
 
 

@@ -5,10 +5,10 @@ Shapes: T tokens, D width, V vocabulary, S media slots, R rows of an encoder's o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +21,7 @@ from mmctx.kv_cache import Branches, KVCache
 from mmctx.layout import DocumentLayout
 from mmctx.objectives import AnyObjective, ComparingHalf, LossSum, Roster, build_model_halves
 from mmctx.objectives.token_loss import TokenLoss
-from mmctx.pack import PackedBatch
+from mmctx.pack import MediaBatch, PackedBatch
 from mmctx.ranges import timed
 from mmctx.rope import grid_positions
 from mmctx.transformer import Transformer, TransformerConfig
@@ -121,7 +121,8 @@ class MmctxModel(nn.Module):
         pictures = batch.media.get("image")
         if self.config.transformer.picture_positions == "sequence" or pictures is None:
             return batch.position_ids
-        return grid_positions(batch.position_ids, pictures.slots, math.isqrt(pictures.num_tokens[0]))  # all are square
+        place, columns = _places(pictures, self.encoders["image"].grids(pictures))  # type: ignore[operator]
+        return grid_positions(batch.position_ids, pictures.slots, place, columns)
 
     def encode(self, batch: PackedBatch) -> Tensor:
         """Hidden states (T, D) of every token."""
@@ -185,6 +186,20 @@ class MmctxModel(nn.Module):
         """One generation step: ids (B,) in, hidden states (B, D) out."""
         layout = DocumentLayout.from_lengths([1] * len(input_ids), len(input_ids), device=input_ids.device)
         return self.trunk(self.embedding(input_ids), cache.advance(layout), layout, cache)
+
+
+def _places(pictures: MediaBatch, grids: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor | int]:
+    """Of each slot (S,) its number in its picture, row by row, and the columns of that picture, one number if they are alike."""
+    rows = pictures.rows
+    if len(set(grids)) == 1:
+        return rows % pictures.num_tokens[0], grids[0][1]
+    starts = np.cumsum([0, *pictures.num_tokens])
+    table = np.stack([starts[:-1], [columns for _, columns in grids]])  # (2, I)
+    ends = torch.from_numpy(starts[1:]).to(rows.device, non_blocking=True)
+    first, columns = torch.from_numpy(table).to(rows.device, non_blocking=True)[
+        :, torch.bucketize(rows, ends, right=True)
+    ]
+    return rows - first, columns
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -138,7 +138,7 @@ class TestEncoder:
     def test_a_batch_made_for_another_encoder_is_refused(self):
         encoder = ImageEncoder(config(), dim=8)
         item = ImagePreprocessor(config(shuffle=2))(random_pixels(32, 32))
-        with pytest.raises(DataError, match=r"make 4, but the batch has room for 1"):
+        with pytest.raises(DataError, match=r"make 4 embeddings, but the batch has room for 1"):
             encoder(batch_of([item]))
         with pytest.raises(DataError, match=r"\(I, 3, 32, 32\).*\(1, 3, 64, 64\)"):
             encoder(batch_of([ImagePreprocessor(config(image_size=64))(random_pixels(64, 64))]))
@@ -221,11 +221,11 @@ class TestOpenClip:
         tower = build_tower(made)
         assert tower.visual.positional_embedding.shape == (17, 32)
         torch.testing.assert_close(tower.visual.conv1.weight, model.visual.conv1.weight)
-        assert image_geometry(made).num_tokens == 16
+        assert image_geometry(made).max_tokens == 16
 
     def test_a_timm_tower_inside(self):
         made = config(kind="open_clip", name="mmctx-timm", image_size=None, options={})
-        assert image_geometry(made).num_tokens == 196
+        assert image_geometry(made).max_tokens == 196
         assert image_geometry(made).mean[0] == pytest.approx(0.48145466)
 
     def test_errors(self):
