@@ -75,7 +75,7 @@ def make_batch(model: MmctxModel, tokens: int) -> PackedBatch:
     def picture() -> MediaItem:
         size = geometry.image_size
         return MediaItem(
-            "image", torch.from_numpy(rng.integers(0, 256, (3, size, size), np.uint8)), geometry.max_tokens
+            "image", torch.from_numpy(rng.integers(0, 256, (3, size, size), np.uint8)), geometry.num_tokens
         )
 
     def clip(frames: int) -> MediaItem:

@@ -19,12 +19,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmctx.activations import recompute
 from mmctx.attention import attention
+from mmctx.encoders.audio_front_end import AudioPreprocessor
 from mmctx.encoders.item_flops import ItemFlops
 from mmctx.encoders.log_mel import AudioEncoderConfig
 from mmctx.encoders.projector import build_projector
 from mmctx.errors import DataError
 from mmctx.layout import DocumentLayout
 from mmctx.pack import MediaBatch
+
+__all__ = ["AudioEncoder", "AudioEncoderConfig", "AudioPreprocessor"]
 
 
 class AudioEncoder(nn.Module):
@@ -215,8 +218,12 @@ class AudioBlock(nn.Module):
 
     def forward(self, x: Tensor, layout: DocumentLayout, backend: str) -> Tensor:
         q, k, v = self.qkv(self.norm1(x)).view(len(x), 3, self.num_heads, -1).unbind(1)  # (R, H, d) each
-        x = x + self.out(attention(q, k, v, layout, backend=backend).reshape(x.shape))
+        x = x + self.out(self.attend(q, k, v, layout, backend).reshape(x.shape))
         return x + self.mlp(self.norm2(x))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: DocumentLayout, backend: str) -> Tensor:
+        """What the positions of a chunk tell each other: (R, H, d)."""
+        return attention(q, k, v, layout, backend=backend)
 
 
 def sinusoids(length: int, width: int) -> Tensor:

@@ -203,7 +203,7 @@ class ImageEncoder(nn.Module):
         tower = geometry.flops
         if geometry.dynamic:
             return tower._replace(token=tower.token + token)
-        return tower._replace(item=tower.item + token * geometry.max_tokens)
+        return tower._replace(item=tower.item + token * geometry.num_tokens)
 
     def empty_batch(self, device: torch.device | str) -> MediaBatch:
         """One black picture that fills no slot, for ranks without pictures: multiply its embeddings by zero."""

@@ -29,7 +29,7 @@ class ImageGeometry:
     Attributes:
         image_size: side of the square picture, pixels; 0 where pictures keep their shape.
         unit: side of the square that becomes one embedding, pixels.
-        max_tokens: embeddings of a picture at most.
+        num_tokens: embeddings of a picture; the most that it may become where pictures keep their shape.
         width: channels of a patch token.
         resize: how a picture becomes square.
         interpolation: how its pixels are resampled.
@@ -40,7 +40,7 @@ class ImageGeometry:
 
     image_size: int
     unit: int
-    max_tokens: int
+    num_tokens: int
     width: int
     resize: Resize
     interpolation: Interpolation
@@ -65,10 +65,10 @@ class ImageGeometry:
             return side, side
         # In integers but for one square root, which is rounded alike on all machines: the plan and the loader must agree.
         rows, columns = (np.maximum((2 * side + self.unit) // (2 * self.unit), 1) for side in (heights, widths))
-        scale = np.sqrt(self.max_tokens / (heights * widths))
-        small_rows = np.clip((heights * scale).astype(np.int64), 1, self.max_tokens)
-        small_columns = np.clip((widths * scale).astype(np.int64), 1, self.max_tokens // small_rows)
-        fits = rows * columns <= self.max_tokens
+        scale = np.sqrt(self.num_tokens / (heights * widths))
+        small_rows = np.clip((heights * scale).astype(np.int64), 1, self.num_tokens)
+        small_columns = np.clip((widths * scale).astype(np.int64), 1, self.num_tokens // small_rows)
+        fits = rows * columns <= self.num_tokens
         return np.where(fits, rows, small_rows), np.where(fits, columns, small_columns)
 
 
@@ -113,17 +113,17 @@ def _measure(config: ImageEncoderConfig) -> ImageGeometry:
     if config.max_patches is None:
         side = size // unit
         total, width = _run(tower, config, side, side)
-        flops, max_tokens = ItemFlops(total, 0, 0), side**2
+        flops, num_tokens = ItemFlops(total, 0, 0), side**2
     else:
         runs = [_run(tower, config, 1, columns) for columns in (1, 2, 3)]
         (one, two, three), width = (total for total, _ in runs), runs[0][1]
         square = (three - 2 * two + one) // 2
         token = two - one - 2 * square
-        flops, max_tokens = ItemFlops(one - token, token, square), config.max_patches // config.shuffle**2
+        flops, num_tokens = ItemFlops(one - token, token, square), config.max_patches // config.shuffle**2
     return ImageGeometry(
         image_size=size,
         unit=unit,
-        max_tokens=max_tokens,
+        num_tokens=num_tokens,
         width=width,
         resize=config.resize or tower.resize,
         interpolation=config.interpolation or tower.interpolation,

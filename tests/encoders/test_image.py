@@ -221,11 +221,11 @@ class TestOpenClip:
         tower = build_tower(made)
         assert tower.visual.positional_embedding.shape == (17, 32)
         torch.testing.assert_close(tower.visual.conv1.weight, model.visual.conv1.weight)
-        assert image_geometry(made).max_tokens == 16
+        assert image_geometry(made).num_tokens == 16
 
     def test_a_timm_tower_inside(self):
         made = config(kind="open_clip", name="mmctx-timm", image_size=None, options={})
-        assert image_geometry(made).max_tokens == 196
+        assert image_geometry(made).num_tokens == 196
         assert image_geometry(made).mean[0] == pytest.approx(0.48145466)
 
     def test_errors(self):

@@ -58,18 +58,18 @@ class TestSizes:
     )
     def test_any_picture_fits_and_stays_as_it_is_the_second_time(self, width, height, max_patches, shuffle):
         geometry = image_geometry(config())
-        geometry = replace(geometry, unit=16 * shuffle, max_tokens=max_patches // shuffle**2)
+        geometry = replace(geometry, unit=16 * shuffle, num_tokens=max_patches // shuffle**2)
         ((rows,), (columns,)) = (side.tolist() for side in geometry.sizes(np.array([width]), np.array([height])))
-        assert 1 <= rows * columns <= geometry.max_tokens
+        assert 1 <= rows * columns <= geometry.num_tokens
         again = geometry.sizes(np.array([columns * geometry.unit]), np.array([rows * geometry.unit]))
         assert (again[0][0], again[1][0]) == (rows, columns)
         native = width * height / geometry.unit**2
         if (
-            native > 2 * geometry.max_tokens
+            native > 2 * geometry.num_tokens
             and max(width, height) < 4 * min(width, height)
-            and geometry.max_tokens >= 64
+            and geometry.num_tokens >= 64
         ):
-            assert rows * columns > 0.7 * geometry.max_tokens, "the room is used"
+            assert rows * columns > 0.7 * geometry.num_tokens, "the room is used"
             assert 0.7 < (columns / rows) / (width / height) < 1.4, "the shape is kept"
 
     def test_small_pictures_keep_their_size(self):
@@ -154,6 +154,14 @@ class TestEncoder:
         pixels = torch.randn(1, 3, 64, 64)
         torch.testing.assert_close(tower(pixels), model.forward_features(pixels)[:, 1:], rtol=0, atol=1e-5)
         assert tower(torch.randn(1, 3, 32, 96)).shape == (1, 12, 32)
+
+    def test_a_naflex_checkpoint_is_read(self, tmp_path):
+        model = timm.create_model("naflexvit_base_patch16_siglip", **TINY).eval()
+        torch.save(model.state_dict(), tmp_path / "model.pth")
+        made = config("naflexvit_base_patch16_siglip", pretrained=str(tmp_path / "model.pth"))
+        pixels = torch.randn(1, 3, 48, 80)
+        tower = ImageEncoder(made, 8).eval().tower
+        torch.testing.assert_close(tower(pixels), model.forward_features(pixels), rtol=0, atol=1e-5)
 
     @pytest.mark.parametrize("name", ["naflexvit_base_patch16_gap", "eva02_base_patch16_clip_224"])
     def test_flops_are_what_pytorch_counts(self, name):
