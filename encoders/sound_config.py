@@ -26,7 +26,8 @@ class WhisperConfig(StrictModel):
     """Folder of a `WhisperModel` or `WhisperForConditionalGeneration` with its feature extractor; null for random weights."""
     padding: SoundPadding = "none"
     """none: a clip is as long as it is, and sees its own positions alone. silence: each chunk is filled up with silence as in Whisper's
-    training, and only embeddings of the sound are handed on: to the letter what Transformers computes, at the price of a whole chunk."""
+    training, and only embeddings of the sound are handed on: to the letter what Transformers computes, at the price of a whole chunk, which
+    `data.bin_audio_frames` does not count."""
     shuffle: int = Field(default=1, ge=1)
     """r: neighbouring positions (20 ms) that are merged into one embedding behind the transformer."""
     projector: ProjectorKind = "mlp"

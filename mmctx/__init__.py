@@ -14,7 +14,17 @@ if TYPE_CHECKING:
     from mmctx.api import build_dataset, build_model, evaluate, load_config, load_model, recall_curve, report, train
 
 __version__ = "0.1.0"
-__all__ = ["build_dataset", "build_model", "evaluate", "load_config", "load_model", "recall_curve", "report", "train"]
+__all__ = [
+    "build_dataset",
+    "build_model",
+    "evaluate",
+    "export_encoders",
+    "load_config",
+    "load_model",
+    "recall_curve",
+    "report",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -126,5 +126,5 @@ def test_a_graph_that_differs_is_refused(tree: dict[str, Any], tmp_path: Path, m
     tree["eval"] = {"sources": {}}
     model, tokenizer, _ = build(tree)
     monkeypatch.setattr(encoders, "_torch_export", lambda part, path: lambda x: part.graph(x) + 1e-3)
-    with pytest.raises(MmctxError, match="differ by 0.001 from the model's"):
+    with pytest.raises(MmctxError, match=r"differ by 0\.001 from the model's"):
         export_encoders(model, tokenizer, tmp_path, "torch-export")

@@ -54,6 +54,8 @@ def test_a_checkpoint_brings_the_weights(tree: dict[str, Any], folders: dict[str
     run_dir = train(config).run_dir
     for folder in folders.values():
         shutil.rmtree(folder)
+    written = api.export_encoders(run_dir, run_dir / "graphs", "torch-export", clip_seconds=0.5)
+    assert {"image_encoder.pt2", "sound_encoder.pt2", "similarity_text.pt2"} <= written.keys()
     model, _, loaded = load_model(run_dir)
     assert loaded.model.audio == config.model.audio
     after = model.encoders["audio"].state_dict()
