@@ -22,7 +22,7 @@ VISION_TYPES = ("clip_vision_model", "siglip_vision_model", "vit")
 
 
 class ImageEncoderConfig(StrictModel):
-    """A picture encoder: a ViT by name, an optional reduction of its tokens, a projector."""
+    """A picture encoder: a ViT or an EfficientNet by name, an optional reduction of its tokens, a projector."""
 
     kind: Literal["timm", "open_clip", "transformers"] = "timm"
     """Library that the tower comes from."""

@@ -89,7 +89,7 @@ def image_geometry(config: ImageEncoderConfig) -> ImageGeometry:
 @lru_cache(maxsize=64)
 def _remembered_geometry(config_json: str) -> ImageGeometry:
     here = Path(__file__)
-    names = (here.name, "vision_tower.py", "transformers_tower.py", "conv_stem.py")
+    names = (here.name, "vision_tower.py", "transformers_tower.py", "conv_stem.py", "conv_tower.py")
     code = [hashlib.blake2b(here.with_name(name).read_bytes()).hexdigest() for name in names]
     made_by = [installed_version(name) for name in ("torch", "timm", "open_clip_torch", "transformers")]
     config = ImageEncoderConfig.model_validate_json(config_json)

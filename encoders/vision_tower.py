@@ -1,4 +1,5 @@
-"""Vision towers: any plain ViT of timm, open_clip or Transformers, reduced to the part that makes patch tokens.
+"""Vision towers: any plain ViT of timm, open_clip or Transformers, reduced to the part that makes patch tokens; EfficientNets are in
+`conv_tower`.
 
 Shapes: I pictures, H x W pixels of each (S x S where they are square), N patch tokens per picture, C tower width.
 """
@@ -10,7 +11,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -129,8 +130,12 @@ def build_tower(config: ImageEncoderConfig, device: torch.device | str | None = 
 def _build_timm(config: ImageEncoderConfig, device: torch.device | str) -> VisionTower:
     import timm
 
+    from mmctx.encoders.conv_tower import build_conv_tower
+
     if "/" not in config.name and ":" not in config.name and not timm.is_model(config.name.partition(".")[0]):
         raise ConfigError(f"timm has no model {config.name!r}; {_close_matches(config.name, timm.list_models())}")
+    if (tower := build_conv_tower(config, load_timm)) is not None:
+        return _prepared_as(tower, tower.model.pretrained_cfg)
     options = dict(config.options)
     dim, num_heads = options.get("embed_dim"), options.get("num_heads")
     if dim and num_heads and dim % num_heads:
@@ -143,22 +148,27 @@ def _build_timm(config: ImageEncoderConfig, device: torch.device | str) -> Visio
         options["dynamic_img_size"] = True
     model: Any = timm.create_model(config.name, pretrained=config.pretrained is True, num_classes=0, **options)
     if isinstance(config.pretrained, str):
-        _load_timm(model, config.pretrained)
+        load_timm(model, config.pretrained)
     about = model.pretrained_cfg
     tower = TimmTower(model, _rgb(about["mean"]), _rgb(about["std"]), dynamic=config.max_patches is not None)
+    return _prepared_as(tower, about)
+
+
+def _prepared_as(tower: VisionTower, about: Mapping[str, Any]) -> VisionTower:
+    """The tower, told how timm prepares its pictures."""
     tower.resize = TIMM_RESIZE.get(about.get("crop_mode") or "center", "crop")
     tower.interpolation = "bilinear" if about.get("interpolation") == "bilinear" else "bicubic"
     return tower
 
 
-def _load_timm(model: nn.Module, path: str) -> None:
+def load_timm(model: nn.Module, path: str, convert: Callable[..., Any] | None = None) -> None:
     """Loads a timm checkpoint (safetensors or torch), but for its classifier; refuses what does not fit."""
     from timm.models import load_checkpoint
 
     if not os.path.isfile(path):
         raise ConfigError(f"pretrained: no such file {path!r}")
     # Each family's own conversions, such as the resampling of position embeddings to another image size.
-    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    convert = convert or getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     keys = load_checkpoint(model, path, strict=False, filter_fn=convert)
     heads = getattr(model, "pretrained_cfg", {}).get("classifier") or "head"
     heads = (heads,) if isinstance(heads, str) else tuple(heads)
