@@ -15,7 +15,7 @@ from mmctx.datasets.planning.table import Preprocessors, SourceTable
 from mmctx.datasets.shards.index import expand_shards, index_shards
 from mmctx.datasets.shards.quarantine import Quarantine
 from mmctx.datasets.shards.source import Source
-from mmctx.encoders.audio import AudioPreprocessor
+from mmctx.encoders.audio_front_end import AudioPreprocessor
 from mmctx.encoders.image import ImagePreprocessor
 from mmctx.flops import estimate_work
 from mmctx.model import ModelConfig

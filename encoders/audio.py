@@ -19,7 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmctx.activations import recompute
 from mmctx.attention import attention
-from mmctx.encoders.log_mel import AudioEncoderConfig, AudioPreprocessor
+from mmctx.encoders.audio_front_end import AudioPreprocessor
+from mmctx.encoders.item_flops import ItemFlops
+from mmctx.encoders.log_mel import AudioEncoderConfig
 from mmctx.encoders.projector import build_projector
 from mmctx.errors import DataError
 from mmctx.layout import DocumentLayout
@@ -59,6 +61,11 @@ class AudioEncoder(nn.Module):
         self.register_buffer(
             "positions", sinusoids(config.chunk_frames // config.stride, config.width), persistent=False
         )
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether a batch passes through the blocks once, whatever it holds."""
+        return self.chunk is None
 
     def forward(self, media: MediaBatch) -> Tensor:
         """Encodes all clips of a batch.
@@ -118,13 +125,14 @@ class AudioEncoder(nn.Module):
         return self.stem_norm(x) + self.positions[offsets // self.config.stride]
 
     @staticmethod
-    def flops(config: AudioEncoderConfig, dim: int) -> int:
-        """FLOPs of the forward pass for one embedding; attention among those of a clip is not counted."""
+    def flops(config: AudioEncoderConfig, dim: int) -> ItemFlops:
+        """FLOPs of the forward pass over a chunk."""
         with torch.device("meta"):
             encoder = AudioEncoder(config, dim)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             encoder(encoder.empty_batch("meta"))
-        return counter.get_total_flops()
+        square = 4 * config.depth * config.width * config.shuffle**2
+        return ItemFlops(item=0, token=counter.get_total_flops(), square=square)
 
     def empty_batch(self, device: torch.device | str) -> MediaBatch:
         """One clip of zeros that fills no slot, for ranks without sound: multiply its embedding by zero."""
@@ -191,19 +199,31 @@ class PairConv(nn.Module):
 class AudioBlock(nn.Module):
     """Pre-norm transformer block: bidirectional attention inside each chunk, GELU feed-forward layer."""
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        mlp_width: int | None = None,
+        norm_eps: float = 1e-5,
+        qkv_bias: bool = True,
+    ) -> None:
         super().__init__()
+        mlp_width = mlp_width or 4 * width
         self.num_heads = num_heads
-        self.norm1 = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
+        self.norm1 = nn.LayerNorm(width, norm_eps)
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
         self.out = nn.Linear(width, width)
-        self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.norm2 = nn.LayerNorm(width, norm_eps)
+        self.mlp = nn.Sequential(nn.Linear(width, mlp_width), nn.GELU(), nn.Linear(mlp_width, width))
 
     def forward(self, x: Tensor, layout: DocumentLayout, backend: str) -> Tensor:
         q, k, v = self.qkv(self.norm1(x)).view(len(x), 3, self.num_heads, -1).unbind(1)  # (R, H, d) each
-        x = x + self.out(attention(q, k, v, layout, backend=backend).reshape(x.shape))
+        x = x + self.out(self.attend(q, k, v, layout, backend).reshape(x.shape))
         return x + self.mlp(self.norm2(x))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: DocumentLayout, backend: str) -> Tensor:
+        """What the positions of a chunk tell each other: (R, H, d)."""
+        return attention(q, k, v, layout, backend=backend)
 
 
 def sinusoids(length: int, width: int) -> Tensor:

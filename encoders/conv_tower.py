@@ -15,7 +15,8 @@ import timm
 from timm.layers.norm_act import freeze_batch_norm_2d
 from torch import Tensor, nn
 
-from mmctx.encoders.vision_tower import ImageEncoderConfig, VisionTower
+from mmctx.encoders.image_config import ImageEncoderConfig
+from mmctx.encoders.vision_tower import VisionTower
 from mmctx.errors import ConfigError
 
 _FAMILY = "timm.models.efficientnet"  # timm's file of the models that this tower takes
@@ -80,6 +81,8 @@ def build_conv_tower(config: ImageEncoderConfig, load: Callable[[nn.Module, str,
         return None
     if config.stem != "patch":
         raise ConfigError(f"stem 'conv' is for ViTs, {config.name!r} has convolutions of its own")
+    if config.max_patches is not None:
+        raise ConfigError(f"max_patches is for ViTs, {config.name!r} takes pictures of one size: remove it")
     model: Any = timm.create_model(config.name, pretrained=config.pretrained is True, num_classes=0, **config.options)
     if isinstance(config.pretrained, str):
         load(model, config.pretrained, convert_names)

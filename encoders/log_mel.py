@@ -1,4 +1,4 @@
-"""Sound: from a waveform to log-mel frames, with sizes that are exact before anything runs.
+"""Log-mel frames, and the config of the sound encoder that is trained on them from scratch.
 
 Shapes: n samples, F frames, M mel bins.
 """
@@ -6,21 +6,20 @@ Shapes: n samples, F frames, M mel bins.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Literal, Protocol
 
-import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mmctx.config import StrictModel
 from mmctx.encoders.projector import ProjectorKind
-from mmctx.errors import SampleError
-from mmctx.pack import MediaItem
 
 
 class AudioEncoderConfig(StrictModel):
     """A sound encoder: log-mel frames, convolutions of stride 2, a small transformer, a projector."""
 
+    kind: Literal["logmel"] = "logmel"
     sample_rate: int = Field(default=16_000, ge=1)
     """Samples per second that clips are resampled to."""
     n_fft: int = Field(default=400, ge=2)
@@ -70,71 +69,26 @@ class AudioEncoderConfig(StrictModel):
         """Frames that become one embedding."""
         return self.stride * self.shuffle
 
-
-class AudioPreprocessor:
-    """Turns a waveform into a `MediaItem` of log-mel frames; runs in loader workers, holds only its config."""
-
-    def __init__(self, config: AudioEncoderConfig) -> None:
-        self.config = config
-
-    def __call__(self, waveform: Tensor, rate: int) -> MediaItem:
-        """Resamples one clip and takes its log-mel frames.
-
-        Args:
-            waveform: (n,) float, mono, full scale at 1.
-            rate: its samples per second.
-
-        Raises:
-            SampleError: no samples, samples that are not finite, or not one channel of floats.
-        """
-        return self.frames(self.resampled(waveform, rate).values)
-
-    def resampled(self, waveform: Tensor, rate: int) -> MediaItem:
-        """The first half of `__call__`: its samples at the encoder's rate, to be changed before `frames` takes them."""
-        if waveform.ndim != 1 or not waveform.is_floating_point():
-            raise SampleError(
-                "bad_audio", f"expected (n,) float samples, found {tuple(waveform.shape)} {waveform.dtype}"
-            )
-        if waveform.numel() == 0:
-            raise SampleError("empty", f"no samples (at {rate} Hz)")
-        if not torch.isfinite(waveform).all():
-            raise SampleError(
-                "bad_audio", f"{int((~torch.isfinite(waveform)).sum())} of {len(waveform)} samples not finite"
-            )
-        samples = resample(waveform.float(), rate, self.config.sample_rate)
-        (num_tokens,) = self.num_tokens(np.array([len(samples)]), np.array([self.config.sample_rate])).tolist()
-        return MediaItem(kind="audio", values=samples, num_tokens=num_tokens)
-
-    def frames(self, samples: Tensor) -> MediaItem:
-        """The second half: log-mel frames of (n,) samples at the encoder's rate."""
-        frames = log_mel(samples, self.config)
-        return MediaItem(kind="audio", values=frames, num_tokens=-(-len(frames) // self.config.frames_per_token))
-
-    def num_tokens(self, num_samples: np.ndarray, sample_rates: np.ndarray) -> np.ndarray:
-        """Embeddings that clips of `num_samples` samples at `sample_rates` Hz become: (n,) and (n,) -> (n,) int64.
-
-        Exact, and from the sizes alone. An empty clip, which `__call__` refuses, counts 0.
-        """
-        config = self.config
-        num_samples, sample_rates = np.asarray(num_samples, np.int64), np.asarray(sample_rates, np.int64)
-        resampled = -(-num_samples * config.sample_rate // sample_rates)
-        frames = -(-np.maximum(resampled, config.n_fft) // config.hop_length)
-        return np.where(num_samples > 0, -(-frames // config.frames_per_token), 0)
+    @property
+    def chunk_tokens(self) -> int:
+        """Embeddings of a full chunk."""
+        return self.chunk_frames // self.frames_per_token
 
 
-def resample(waveform: Tensor, rate: int, new_rate: int) -> Tensor:
-    """Band-limited resampling: (n,) -> (ceil(n * new_rate / rate),).
+class LogMelSizes(Protocol):
+    """What `log_mel` reads of a config."""
 
-    The length is set here with integers: torchaudio computes it in float32, which is off by one beyond 2**23 samples.
-    """
-    if rate == new_rate:
-        return waveform
-    resampled = _resampler(rate, new_rate)(waveform)
-    num_samples = -(-len(waveform) * new_rate // rate)
-    return nn.functional.pad(resampled, (0, num_samples - len(resampled)))
+    @property
+    def sample_rate(self) -> int: ...
+    @property
+    def n_fft(self) -> int: ...
+    @property
+    def hop_length(self) -> int: ...
+    @property
+    def num_mels(self) -> int: ...
 
 
-def log_mel(waveform: Tensor, config: AudioEncoderConfig) -> Tensor:
+def log_mel(waveform: Tensor, config: LogMelSizes) -> Tensor:
     """Log-mel frames as Whisper makes them: (n,) -> (F, M) float32, F = ceil(max(n, n_fft) / hop_length).
 
     Frame t is centred on sample t * hop_length. Values are log10 of the power, floored at 8 below the clip's
@@ -147,13 +101,6 @@ def log_mel(waveform: Tensor, config: AudioEncoderConfig) -> Tensor:
     frames = frames.clamp(min=1e-10).log10()
     frames = torch.maximum(frames, frames.max() - 8)
     return ((frames + 4) / 4).contiguous()
-
-
-@lru_cache(maxsize=32)
-def _resampler(rate: int, new_rate: int) -> nn.Module:
-    from torchaudio.transforms import Resample
-
-    return Resample(rate, new_rate)
 
 
 @lru_cache(maxsize=8)

@@ -29,6 +29,7 @@ __all__ = [
     "build_model",
     "evaluate",
     "export",
+    "export_encoders",
     "load_config",
     "load_model",
     "recall_curve",

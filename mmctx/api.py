@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -100,6 +100,29 @@ def export(checkpoint: str | Path, out: str | Path, to: str) -> dict[str, Any]:
     """
     model, tokenizer, config = load_model(Path(checkpoint))
     return export_model(model, tokenizer, Path(out), to, context_length=config.data.context_length)
+
+
+def export_encoders(
+    checkpoint: str | Path,
+    out: str | Path,
+    to: Literal["onnx", "torch-export"] = "onnx",
+    *,
+    clip_seconds: float = 10.0,
+    picture_size: tuple[int, int] | None = None,
+) -> dict[str, Any]:
+    """Writes a checkpoint's encoders and similarity embeddings as graphs, checked against the model. See `mmctx.export.encoders`.
+
+    Args:
+        checkpoint: a `checkpoint-N` folder, or a run folder for its newest one.
+        out: the folder.
+        to: `onnx`, or `torch-export` for `.pt2` files.
+        clip_seconds: length of the clips that sound graphs take.
+        picture_size: height and width of the pictures, where the encoder lets them keep their shape.
+    """
+    from mmctx.export.encoders import export_encoders as write  # torch.export is slow to import
+
+    model, tokenizer, _ = load_model(Path(checkpoint))
+    return write(model, tokenizer, out, to, clip_seconds=clip_seconds, picture_size=picture_size)
 
 
 def report(*runs: str | Path, out: str | Path | None = None) -> Path:

@@ -30,7 +30,8 @@ def bin_fingerprint(number: int, batch: PackedBatch) -> int:
         digest.update(name.encode())
         _update(digest, positions)
     for kind, media in sorted(batch.media.items()):
-        digest.update(repr((kind, media.lengths, media.num_tokens)).encode())
+        about = (kind, media.lengths, media.num_tokens)
+        digest.update(repr((*about, media.sizes) if media.sizes else about).encode())
         for tensor in (media.values, media.slots, media.rows):
             _update(digest, tensor)
     return int.from_bytes(digest.digest(), "little")

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmctx.encoders.audio import AudioEncoder
 from mmctx.encoders.image import ImageEncoder
+from mmctx.encoders.sound import SOUND_ENCODERS
 from mmctx.model import VOCAB_MULTIPLE, ModelConfig
 from mmctx.pack import PackedBatch
 from mmctx.transformer import TransformerConfig
@@ -29,12 +29,15 @@ class Work:
     Attributes:
         token: of the trunk's matrices, for each token.
         label: of the output head, for each position with a label.
-        image: of the image encoder, for each picture.
-        audio_token: of the sound encoder, for each embedding it makes, as if it were a clip of its own.
+        image: of the image encoder, for each picture, however large; where all are of one size, that is all of it.
+        audio_token: of the sound encoder, for each embedding it makes, as if it saw itself alone.
         windows: window of each layer, None for a global one.
         width: H * d, channels of attention.
-        audio_square: of attention in the sound encoder, times the square of the embeddings of a clip (or chunk of one).
+        audio_square: of attention in the sound encoder, for each ordered pair of different embeddings of a clip (or chunk of one).
         audio_chunk: embeddings that see each other at most.
+        image_token: of the image encoder, for each embedding it makes, as if it saw itself alone, where sizes differ.
+        image_square: of attention in the image encoder, for each ordered pair of different embeddings of a picture, where sizes differ.
+        audio_item: of the sound encoder, for each clip (or chunk of one), however long.
     """
 
     token: int
@@ -45,6 +48,14 @@ class Work:
     width: int
     audio_square: int = 0
     audio_chunk: int = 1
+    audio_item: int = 0
+    image_token: int = 0
+    image_square: int = 0
+
+    @property
+    def audio_share(self) -> int:
+        """Of an embedding of sound where its clip is not known: its share of a full chunk, attention left out."""
+        return self.audio_token + self.audio_item // self.audio_chunk
 
     def attention(self, lengths: np.ndarray, causal: bool) -> np.ndarray:
         """FLOPs of attention inside documents of these lengths, any shape of int64, over all layers."""
@@ -53,12 +64,18 @@ class Work:
             pairs += self.windows.count(window) * count_pairs(lengths, causal, window)
         return 4 * FORWARD_AND_BACKWARD * self.width * pairs
 
+    def pictures(self, num_tokens: np.ndarray) -> np.ndarray:
+        """FLOPs of the image encoder over pictures of so many embeddings (n,)."""
+        num_tokens = np.asarray(num_tokens, np.int64)
+        return self.image + num_tokens * self.image_token + (num_tokens**2 - num_tokens) * self.image_square
+
     def clips(self, num_tokens: np.ndarray) -> np.ndarray:
         """FLOPs of the sound encoder over clips of so many embeddings (n,), attention among them included."""
         num_tokens = np.asarray(num_tokens, np.int64)
         whole, rest = np.divmod(num_tokens, self.audio_chunk)
         squares = whole * self.audio_chunk**2 + rest**2
-        return num_tokens * self.audio_token + (squares - num_tokens) * self.audio_square
+        chunks = whole + (rest > 0)
+        return num_tokens * self.audio_token + (squares - num_tokens) * self.audio_square + chunks * self.audio_item
 
     def batch(self, batch: PackedBatch) -> int:
         """FLOPs of a training step over a packed batch, from what the host knows of it."""
@@ -69,7 +86,7 @@ class Work:
         total += int(self.attention(lengths[: layout.num_causal], causal=True).sum())
         total += int(self.attention(lengths[layout.num_causal :], causal=False).sum())
         if "image" in media:
-            total += len(media["image"].num_tokens) * self.image
+            total += int(self.pictures(np.array(media["image"].num_tokens)).sum())
         if "audio" in media:
             total += int(self.clips(np.array(media["audio"].num_tokens)).sum())
         return total
@@ -87,16 +104,21 @@ def estimate_work(config: ModelConfig, vocab_size: int) -> Work:
     """The work of a model, from its config alone: encoders are run once without data, on the meta device."""
     image, audio = config.image, config.audio
     trunk = config.transformer
+    sight = ImageEncoder.flops(image, trunk.width) if image else None
+    sound = SOUND_ENCODERS[audio.kind].flops(audio, trunk.width) if audio else None
     rows = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     return Work(
         token=2 * FORWARD_AND_BACKWARD * trunk_matrices(trunk),
         label=2 * FORWARD_AND_BACKWARD * (rows + trunk.width * trunk.head_transform) * trunk.width,
-        image=FORWARD_AND_BACKWARD * ImageEncoder.flops(image, trunk.width) if image else 0,
-        audio_token=FORWARD_AND_BACKWARD * AudioEncoder.flops(audio, trunk.width) if audio else 0,
+        image=FORWARD_AND_BACKWARD * sight.item if sight else 0,
+        audio_token=FORWARD_AND_BACKWARD * sound.token if sound else 0,
         windows=tuple(trunk.layer_window(layer) for layer in range(trunk.depth)),
         width=trunk.num_heads * trunk.head_width,
-        audio_square=4 * FORWARD_AND_BACKWARD * audio.depth * audio.width * audio.shuffle**2 if audio else 0,
-        audio_chunk=audio.chunk_frames // audio.frames_per_token if audio else 1,
+        audio_square=FORWARD_AND_BACKWARD * sound.square if sound else 0,
+        audio_chunk=audio.chunk_tokens if audio else 1,
+        audio_item=FORWARD_AND_BACKWARD * sound.item if sound else 0,
+        image_token=FORWARD_AND_BACKWARD * sight.token if sight else 0,
+        image_square=FORWARD_AND_BACKWARD * sight.square if sight else 0,
     )
 
 

@@ -5,29 +5,29 @@ Shapes: T tokens, D width, V vocabulary, S media slots, R rows of an encoder's o
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mmctx.activations import ActivationsConfig
 from mmctx.config import StrictModel
-from mmctx.encoders.audio import AudioEncoder, AudioEncoderConfig
 from mmctx.encoders.image import ImageEncoder, ImageEncoderConfig
+from mmctx.encoders.sound import AnySoundConfig, build_sound_encoder
 from mmctx.errors import ConfigError
 from mmctx.kv_cache import Branches, KVCache
 from mmctx.layout import DocumentLayout
 from mmctx.objectives import AnyObjective, ComparingHalf, LossSum, Roster, build_model_halves
 from mmctx.objectives.output_head import HeadTransform, OutputHead
 from mmctx.objectives.token_loss import TokenLoss
-from mmctx.pack import PackedBatch
+from mmctx.pack import MediaBatch, PackedBatch
 from mmctx.ranges import timed
 from mmctx.rope import grid_positions
 from mmctx.transformer import Transformer, TransformerConfig
 
-ENCODERS: dict[str, type[nn.Module]] = {"image": ImageEncoder, "audio": AudioEncoder}
+ENCODERS: dict[str, Callable[..., nn.Module]] = {"image": ImageEncoder, "audio": build_sound_encoder}
 VOCAB_MULTIPLE = 64  # embedding rows are rounded up to this: aligned matrix products are faster
 
 
@@ -38,8 +38,8 @@ class ModelConfig(StrictModel):
     """The trunk."""
     image: ImageEncoderConfig | None = None
     """Encoder of pictures; null for a model that sees none."""
-    audio: AudioEncoderConfig | None = None
-    """Encoder of sound; null for a model that hears none."""
+    audio: AnySoundConfig | None = None
+    """Encoder of sound, of kind `logmel` (trained from scratch), `whisper` or `ast`; null for a model that hears none."""
 
 
 class StepOutputs(NamedTuple):
@@ -126,7 +126,8 @@ class MmctxModel(nn.Module):
         pictures = batch.media.get("image")
         if self.config.transformer.picture_positions == "sequence" or pictures is None:
             return batch.position_ids
-        return grid_positions(batch.position_ids, pictures.slots, math.isqrt(pictures.num_tokens[0]))  # all are square
+        place, columns = _places(pictures, self.encoders["image"].grids(pictures))  # type: ignore[operator]
+        return grid_positions(batch.position_ids, pictures.slots, place, columns)
 
     def encode(self, batch: PackedBatch) -> Tensor:
         """Hidden states (T, D) of every token."""
@@ -190,6 +191,20 @@ class MmctxModel(nn.Module):
         """One generation step: ids (B,) in, hidden states (B, D) out."""
         layout = DocumentLayout.from_lengths([1] * len(input_ids), len(input_ids), device=input_ids.device)
         return self.trunk(self.embedding(input_ids), cache.advance(layout), layout, cache)
+
+
+def _places(pictures: MediaBatch, grids: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor | int]:
+    """Of each slot (S,) its number in its picture, row by row, and the columns of that picture, one number if they are alike."""
+    rows = pictures.rows
+    if len(set(grids)) == 1:
+        return rows % pictures.num_tokens[0], grids[0][1]
+    starts = np.cumsum([0, *pictures.num_tokens])
+    table = np.stack([starts[:-1], [columns for _, columns in grids]])  # (2, I)
+    ends = torch.from_numpy(starts[1:]).to(rows.device, non_blocking=True)
+    first, columns = torch.from_numpy(table).to(rows.device, non_blocking=True)[
+        :, torch.bucketize(rows, ends, right=True)
+    ]
+    return rows - first, columns
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -76,11 +76,13 @@ class MediaBatch:
     """All different items of one modality, and where their embeddings go.
 
     Attributes:
-        values: pictures (I, 3, H, W) uint8; clips (sum of frames, mel bins) float32, laid end to end.
-        lengths: rows of `values` that each item takes (1 for a picture, its frames for a clip), on the host.
+        values: pictures (I, 3, H, W) uint8, or where their sizes differ (sum of 3 * H * W,), end to end; clips (sum of frames, mel bins)
+            float32, laid end to end.
+        lengths: rows of `values` that each item takes (1 or 3 * H * W for a picture, its frames for a clip), on the host.
         num_tokens: embeddings that each item becomes, on the host.
         slots: (S,) int64 positions in the flat sequence.
         rows: (S,) int64 rows of the encoder's output that fill them, in the order of `slots`.
+        sizes: height and width of each picture where they differ, on the host.
         exchange: with sequence parallel, how `rows` of this rank's items, of which there may be none, become those of its slots.
     """
 
@@ -89,7 +91,21 @@ class MediaBatch:
     num_tokens: tuple[int, ...]
     slots: Tensor
     rows: Tensor
+    sizes: tuple[tuple[int, int], ...] = ()
     exchange: RowExchange | None = None
+
+    @property
+    def picture_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Height and width of each picture."""
+        height, width = self.values.shape[-2:] if self.values.ndim == 4 else (0, 0)
+        return self.sizes or ((height, width),) * len(self.lengths)
+
+    def pictures(self) -> list[Tensor]:
+        """(3, H, W) of each picture, views of `values`."""
+        if not self.sizes:
+            return list(self.values)
+        parts = zip(self.values.split(self.lengths), self.sizes, strict=True)
+        return [part.view(3, height, width) for part, (height, width) in parts]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -289,9 +305,16 @@ def _media_batch(kind: str, documents: Sequence[Document], starts: np.ndarray) -
     if not items:
         return None
     values = [item.values for item in items.values()]
+    sizes = tuple((v.shape[-2], v.shape[-1]) for v in values) if kind == "image" else ()
+    if len(set(sizes)) == 1:
+        packed, lengths, sizes = torch.stack(values), (1,) * len(values), ()
+    else:
+        values = [v.reshape(-1) for v in values] if sizes else values
+        packed, lengths = torch.cat(values), tuple(map(len, values))
     return MediaBatch(
-        values=torch.stack(values) if kind == "image" else torch.cat(values),
-        lengths=tuple(1 if kind == "image" else len(v) for v in values),
+        values=packed,
+        lengths=lengths,
+        sizes=sizes,
         num_tokens=tuple(item.num_tokens for item in items.values()),
         slots=torch.from_numpy(np.concatenate(slots)),
         rows=torch.from_numpy(np.concatenate(rows)),

@@ -133,19 +133,19 @@ AXES = (0, 1, 0, 2)
 (Wang et al. 2024), but interleaved, so that every axis has slow and fast ones."""
 
 
-def grid_positions(position_ids: Tensor, slots: Tensor, side: int) -> Tensor:
+def grid_positions(position_ids: Tensor, slots: Tensor, place: Tensor, columns: Tensor | int) -> Tensor:
     """Positions (T, 3) on the axes sequence, row and column. Text stands at its position on all three, which is plain rotation.
 
     A picture's rows and columns count from where it starts in its document, so distances to the text around it stay of use.
 
     Args:
         position_ids: (T,).
-        slots: (S,) places of square pictures in the flat sequence, whole, row by row.
-        side: tokens of a row.
+        slots: (S,) places of whole pictures in the flat sequence.
+        place: (S,) int64 number of each in its picture, row by row.
+        columns: (S,) tokens of a row of the picture that each belongs to, or one number for all.
     """
-    place = torch.arange(len(slots), device=slots.device) % side**2  # in its picture
     sequence = position_ids[slots]
-    row, column = sequence - place + place // side, sequence - place + place % side
+    row, column = sequence - place + place // columns, sequence - place + place % columns
     return position_ids[:, None].repeat(1, 3).index_copy_(0, slots, torch.stack([sequence, row, column], dim=1))
 
 

@@ -89,6 +89,7 @@ SEEN: dict[str, Callable[[PackedBatch], PackedBatch]] = {
             "num_tokens": lambda m: replace(m, num_tokens=(*m.num_tokens, 1)),
             "slots": lambda m: replace(m, slots=touched(m.slots)),
             "rows": lambda m: replace(m, rows=touched(m.rows)),
+            "sizes": lambda m: replace(m, sizes=((4, 4),)),
         }.items()
     },
     "type of values": with_media("audio", lambda m: replace(m, values=m.values.view(torch.int32))),

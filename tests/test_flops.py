@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmctx.config import build_config, load_config
 from mmctx.datasets.assemble import build_data
 from mmctx.datasets.planning.plan import Plan
-from mmctx.encoders.audio import AudioEncoderConfig
 from mmctx.encoders.image import ImageEncoderConfig
+from mmctx.encoders.log_mel import AudioEncoderConfig
 from mmctx.flops import FORWARD_AND_BACKWARD, Work, count_pairs, estimate_work, trunk_matrices
 from mmctx.model import ENCODERS, VOCAB_MULTIPLE, MmctxModel, ModelConfig
 from mmctx.objectives import AnyObjective

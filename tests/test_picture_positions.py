@@ -22,7 +22,7 @@ def test_rows_and_columns_count_from_where_the_picture_starts() -> None:
     # Two documents: text, text, a 2 x 2 picture, text; and the picture, text.
     position_ids = torch.tensor([0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4])
     slots = torch.tensor([2, 3, 4, 5, 7, 8, 9, 10])
-    sequence, row, column = grid_positions(position_ids, slots, side=2).T
+    sequence, row, column = grid_positions(position_ids, slots, torch.arange(8) % 4, columns=2).T
     assert sequence.tolist() == position_ids.tolist()
     assert row.tolist() == [0, 1, 2, 2, 3, 3, 6, 0, 0, 1, 1, 4]
     assert column.tolist() == [0, 1, 2, 3, 2, 3, 6, 0, 1, 0, 1, 4]

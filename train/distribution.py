@@ -115,11 +115,11 @@ def _fully_shard(model: MmctxModel, config: DistributionConfig, accelerator: Acc
 def _parts(model: MmctxModel) -> Iterator[tuple[nn.Module, bool]]:
     """Blocks of the trunk, and of each encoder; and whether a part is one.
 
-    Each part is gathered whenever it runs, so it must run as often on all processes. An encoder that takes its items in chunks runs its
-    blocks once for each: then it is one part as a whole.
+    Each part is gathered whenever it runs, so it must run as often on all processes. An encoder that takes its items in chunks, or pictures
+    of several sizes, runs its blocks once for each: then it is one part as a whole.
     """
     for encoder in model.encoders.values():
-        if encoder.chunk is None:
+        if encoder.one_pass:
             yield from ((block, True) for block in encoder.blocks)  # type: ignore[union-attr]
         else:
             yield encoder, False

@@ -1,6 +1,6 @@
 """Pictures, augmented by torchvision.
 
-Shapes: H x W pixels of a picture, S side of the encoder's square input.
+Shapes: H x W pixels of a picture, h x w of the encoder's input.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from torch import Tensor
 from mmctx.datasets.augment.config import ImageAugmentConfig
 
 
-def augment_image(pixels: Tensor, config: ImageAugmentConfig, size: int) -> Tensor:
-    """(3, H, W) uint8, decoded where `config.crop` is set, else square already -> (3, S, S) uint8. Draws from torch's generator."""
+def augment_image(pixels: Tensor, config: ImageAugmentConfig, size: tuple[int, int]) -> Tensor:
+    """(3, H, W) uint8, decoded where `config.crop` is set, else of its `size` already -> (3, h, w) uint8. Draws from torch's generator."""
     return _transform(config.model_dump_json(), size)(pixels)
 
 
-@lru_cache(maxsize=8)
-def _transform(config_json: str, size: int) -> Any:
+@lru_cache(maxsize=64)
+def _transform(config_json: str, size: tuple[int, int]) -> Any:
     from torchvision.transforms import v2  # slow to import, and of no use to runs that do not augment
 
     config = ImageAugmentConfig.model_validate_json(config_json)

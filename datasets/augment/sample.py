@@ -76,7 +76,9 @@ class Augmentation:
     def _image(self, item: MediaItem) -> MediaItem:
         config = self.config.image
         assert self.image is not None
-        return item if config is None else self.image(augment_image(item.values, config, self.image.image_size))
+        return (
+            item if config is None else self.image(augment_image(item.values, config, self.image.size_of(item.values)))
+        )
 
     def _audio(self, item: MediaItem) -> MediaItem:
         config = self.config.audio

@@ -16,7 +16,7 @@ from mmctx.datasets.planning.split import cut, split_sample
 from mmctx.datasets.shards.contents import REASONS
 from mmctx.datasets.shards.measure import MEDIA_KINDS
 from mmctx.datasets.shards.source import Source
-from mmctx.encoders.audio import AudioPreprocessor
+from mmctx.encoders.audio_front_end import AudioPreprocessor
 from mmctx.encoders.image import ImagePreprocessor
 from mmctx.errors import ConfigError
 from mmctx.flops import Work
@@ -238,9 +238,9 @@ class SourceTable:
 
     def _tokens_and_costs(self, sizes: SampleSizes, lengths: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         tokens = np.sum([part.sum(axis=1) for part in lengths], axis=0)
-        costs = (
-            tokens * self.work.token + sizes.num_images * self.work.image + sizes.audio_tokens * self.work.audio_token
-        )
+        work = self.work
+        costs = tokens * work.token + sizes.num_images * work.image + sizes.audio_tokens * work.audio_share
+        costs = costs + sizes.image_tokens * work.image_token
         for half, part in zip(self.halves, lengths, strict=True):
             costs = costs + self.work.attention(part, half.causal).sum(axis=1) + half.labels(sizes) * self.work.label
         return tokens, costs

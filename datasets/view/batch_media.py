@@ -86,7 +86,7 @@ class BatchMedia:
             if name not in self.uris:
                 media = self._batch.media[kind]
                 if kind == "image":
-                    self.uris[name] = {"image": png_uri(media.values[item].permute(1, 2, 0).contiguous().numpy())}
+                    self.uris[name] = {"image": png_uri(media.pictures()[item].permute(1, 2, 0).contiguous().numpy())}
                 else:
                     start = sum(media.lengths[:item])
                     frames = media.values[start : start + media.lengths[item]].numpy()  # (F, M)

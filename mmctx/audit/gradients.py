@@ -178,6 +178,6 @@ def random_direction(like: Tensor, seed: int) -> Tensor:
 
 def item_sizes(media: MediaBatch, grad: Tensor) -> list[float]:
     """Largest magnitude of the gradient of each item's values."""
-    magnitudes = grad.abs().flatten(1).amax(dim=1)  # (rows of values,)
+    magnitudes = grad.abs().view(len(grad), -1).amax(dim=1)  # (rows of values,)
     ends = list(accumulate(media.lengths))
     return [float(magnitudes[end - n : end].max()) for end, n in zip(ends, media.lengths, strict=True)]

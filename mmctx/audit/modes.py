@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from mmctx.attention import BACKENDS, Request, select_backend
 from mmctx.audit.report import Mode
-from mmctx.encoders.audio import AudioEncoder
 from mmctx.model import MmctxModel
 from mmctx.transformer import Attention
 
@@ -54,7 +54,7 @@ def running(model: MmctxModel, mode: Mode, device: torch.device) -> Iterator[Non
     offload = before.offload and mode.checkpointing
     attention = [module for module in trunk.modules() if isinstance(module, Attention)]
     backends = [module.backend for module in attention]
-    hearing = [module for module in model.modules() if isinstance(module, AudioEncoder)]
+    hearing: list[Any] = [encoder for encoder in model.encoders.values() if hasattr(encoder, "attention_backend")]
     hearing_backends = [module.attention_backend for module in hearing]
     try:
         trunk.set_activations(before.model_copy(update={"checkpoint": kind, "offload": offload}))

@@ -136,13 +136,14 @@ def perturb_items(kind: str, media: MediaBatch, items: Sequence[int]) -> MediaBa
 
 def _patches(media: MediaBatch, items: Sequence[int]) -> Tensor:
     """Inverts pixels: no value is its own inverse."""
-    values = media.values.clone()
-    side = values.shape[-1]
+    changed = replace(media, values=media.values.clone())
+    before, after = media.pictures(), changed.pictures()
     for item in items:
-        patch = max(side // max(isqrt(media.num_tokens[item]), 1), 1)
-        for corner in (slice(0, patch), slice(side - patch, side)):
-            values[item, :, corner, corner] = 255 - media.values[item, :, corner, corner]
-    return values
+        height, width = media.picture_sizes[item]
+        patch = max(isqrt(height * width // max(media.num_tokens[item], 1)), 1)
+        for rows, columns in ((slice(patch), slice(patch)), (slice(height - patch, None), slice(width - patch, None))):
+            after[item][:, rows, columns] = 255 - before[item][:, rows, columns]
+    return changed.values
 
 
 def _frames(media: MediaBatch, items: Sequence[int]) -> Tensor:

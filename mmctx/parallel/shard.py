@@ -104,6 +104,7 @@ def _share_media(media: MediaBatch, cuts: np.ndarray, shards: TokenShards) -> Me
         values=media.values[value_cuts[shards.rank] : value_cuts[shards.rank + 1]],
         lengths=media.lengths[own],
         num_tokens=media.num_tokens[own],
+        sizes=media.sizes[own],
         slots=torch.from_numpy(slots[received] - cuts[shards.rank]),
         rows=torch.from_numpy(rows[sent] - row_cuts[shards.rank]),
         exchange=exchange,

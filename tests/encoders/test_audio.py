@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmctx.config import build_config
-from mmctx.encoders.audio import AudioEncoder, AudioEncoderConfig, AudioPreprocessor, Slots, cut_clips
-from mmctx.encoders.log_mel import log_mel, resample
+from mmctx.encoders.audio import AudioEncoder, Slots, cut_clips
+from mmctx.encoders.audio_front_end import AudioPreprocessor, resample
+from mmctx.encoders.log_mel import AudioEncoderConfig, log_mel
 from mmctx.errors import ConfigError, DataError, SampleError
 from mmctx.pack import MediaBatch
 

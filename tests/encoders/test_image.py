@@ -138,7 +138,7 @@ class TestEncoder:
     def test_a_batch_made_for_another_encoder_is_refused(self):
         encoder = ImageEncoder(config(), dim=8)
         item = ImagePreprocessor(config(shuffle=2))(random_pixels(32, 32))
-        with pytest.raises(DataError, match=r"make 4, but the batch has room for 1"):
+        with pytest.raises(DataError, match=r"make 4 embeddings, but the batch has room for 1"):
             encoder(batch_of([item]))
         with pytest.raises(DataError, match=r"\(I, 3, 32, 32\).*\(1, 3, 64, 64\)"):
             encoder(batch_of([ImagePreprocessor(config(image_size=64))(random_pixels(64, 64))]))

@@ -11,7 +11,7 @@ from torch import nn
 
 from mmctx.config import build_config
 from mmctx.errors import CheckpointError
-from mmctx.model import MmctxModel, ModelConfig
+from mmctx.model import ENCODERS, MmctxModel, ModelConfig
 from mmctx.tokenizer import TextTokenizer
 from mmctx.train.checkpoints.files import read_json
 from mmctx.train.checkpoints.layout import resolve_checkpoint
@@ -50,8 +50,10 @@ def read_model(checkpoint: Path) -> tuple[MmctxModel, TextTokenizer, RunConfig]:
 def without_pretrained(config: ModelConfig) -> ModelConfig:
     """The same shape with fresh weights: a checkpoint brings its own, so no folder is read and nothing needs downloading."""
     fresh: dict[str, Any] = {"transformer": config.transformer.model_copy(update={"pretrained": None})}
-    if config.image is not None:
-        fresh["image"] = config.image.model_copy(update={"pretrained": False})
+    for kind in ENCODERS:
+        part = getattr(config, kind)
+        if part is not None and "pretrained" in type(part).model_fields:
+            fresh[kind] = part.model_copy(update={"pretrained": type(part).model_fields["pretrained"].default})
     return config.model_copy(update=fresh)
 
 

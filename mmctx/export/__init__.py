@@ -1,0 +1,1 @@
+"""Parts of a model as graphs that other programs run."""
