@@ -87,7 +87,7 @@ def evaluate(
     return results
 
 
-def export(checkpoint: str | Path, out: str | Path, to: str) -> dict[str, Any]:
+def export_trunk(checkpoint: str | Path, out: str | Path, to: str) -> dict[str, Any]:
     """Writes a checkpoint's trunk and tokenizer as a folder that Transformers loads by itself. See `mmctx.pretrained.export`.
 
     Args:
@@ -280,7 +280,8 @@ __all__ = [
     "build_dataset",
     "build_model",
     "evaluate",
-    "export",
+    "export_encoders",
+    "export_trunk",
     "load_config",
     "load_model",
     "recall_curve",

@@ -1,4 +1,4 @@
-"""Command export: a checkpoint's trunk for other programs."""
+"""Command export: a checkpoint's trunk or encoders for other programs."""
 
 from __future__ import annotations
 
@@ -13,16 +13,28 @@ from mmctx.cli.common import Json, print_answer, table
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder, or a run folder for its newest one.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
-    to: Annotated[str, typer.Option(help="llama, mistral, qwen2, qwen3, gpt2 or bert.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="llama, mistral, qwen2, qwen3, gpt2 or bert for the trunk; onnx or torch-export for encoders."
+        ),
+    ],
+    clip_seconds: Annotated[
+        float, typer.Option(help="onnx, torch-export: length of the clips that sound graphs take.")
+    ] = 10.0,
     as_json: Json = False,
 ) -> None:
-    """Write trunk and tokenizer as a model that Transformers loads by itself, and compare its logits with ours.
+    """Write trunk and tokenizer as a model that Transformers loads by itself, or encoders and embeddings as graphs; compare with ours.
 
     Exits with 1 if they differ by more than 1e-4 of the largest one.
     """
     from mmctx import api
 
-    answer = api.export(checkpoint, out, to)
+    if to in ("onnx", "torch-export"):
+        graphs = api.export_encoders(checkpoint, out, to, clip_seconds=clip_seconds)  # type: ignore[arg-type]
+        print_answer(graphs, as_json, table(graphs))
+        return
+    answer = api.export_trunk(checkpoint, out, to)
     print_answer(answer, as_json, table(answer))
     if answer["largest_difference"] > 1e-4 * max(1.0, answer["largest_logit"]):
         raise typer.Exit(1)
