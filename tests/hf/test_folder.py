@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import as_earlier
+from hf_folders import as_earlier
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor
 
