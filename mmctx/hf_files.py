@@ -1,9 +1,9 @@
 """What a model's folder holds beside weights and tokenizer so that Transformers opens it. Needs no Transformers itself.
 
-    config.json             model_type, shape, objectives, ids of special tokens; `auto_map` names the classes of the next file
-    modeling_mmctx.py       three lines that import `mmctx.hf`: with `trust_remote_code=True` nobody need import it first
-    generation_config.json  where texts end
-    processor_config.json   encoders' geometry, for pictures and sounds that are to be read
+config.json             model_type, shape, objectives, ids of special tokens; `auto_map` names the classes of the next file
+modeling_mmctx.py       three lines that import `mmctx.hf`: with `trust_remote_code=True` nobody need import it first
+generation_config.json  where texts end
+processor_config.json   encoders' geometry, for pictures and sounds that are to be read
 """
 
 from __future__ import annotations

@@ -33,19 +33,23 @@ class InOrder(TyperCommand):
 
 def generate(
     checkpoint: Annotated[
-        Path, typer.Argument(help="A checkpoint folder, a run folder for its newest one, or what save_pretrained wrote.")
+        Path,
+        typer.Argument(help="A checkpoint folder, a run folder for its newest one, or what save_pretrained wrote."),
     ],
     prompt: Annotated[
-        list[str] | None, typer.Argument(help="Texts; with --image and --audio, read in the order in which they are given.")
+        list[str] | None,
+        typer.Argument(help="Texts; with --image and --audio, read in the order in which they are given."),
     ] = None,
     image: Annotated[list[str] | None, typer.Option(help="A picture, at this place of the prompt; any number.")] = None,
     audio: Annotated[list[str] | None, typer.Option(help="A sound, at this place of the prompt; any number.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer at most.")] = 64,
     temperature: Annotated[
-        float | None, typer.Option(min=0.0, help="Draw tokens, the likelier the lower; the likeliest is taken by default.")
+        float | None,
+        typer.Option(min=0.0, help="Draw tokens, the likelier the lower; the likeliest is taken by default."),
     ] = None,
     top_p: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Draw among the likeliest tokens that share this probability.")
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Draw among the likeliest tokens that share this probability."),
     ] = None,
     beams: Annotated[int, typer.Option(min=1, help="Search so many answers side by side for the likeliest.")] = 1,
     seed: Annotated[int | None, typer.Option(help="Of what is drawn; anew each time by default.")] = None,
@@ -54,13 +58,20 @@ def generate(
 ) -> None:
     """Continue a prompt of text, pictures and sounds: mmctx generate runs/demo --image cat.png "This is"."""
     if stream and (as_json or beams > 1):
-        raise ConfigError(f"--stream prints tokens as they come: it cannot be had with {'--json' if as_json else '--beams'}")
+        raise ConfigError(
+            f"--stream prints tokens as they come: it cannot be had with {'--json' if as_json else '--beams'}"
+        )
     from mmctx.hf.answer import Part, write_answer
 
     parts = [_part(text, Part) for text in prompt or []]
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": beams, "do_sample": False}
     if temperature or top_p is not None:
-        options |= {"do_sample": True, "top_k": 0, "temperature": temperature or 1.0, "top_p": 1.0 if top_p is None else top_p}
+        options |= {
+            "do_sample": True,
+            "top_k": 0,
+            "temperature": temperature or 1.0,
+            "top_p": 1.0 if top_p is None else top_p,
+        }
     answer = write_answer(checkpoint, parts, options, seed=seed, stream=stream)
     if not stream:
         print_answer(answer._asdict(), as_json, answer.text)

@@ -1,10 +1,10 @@
 """Our models as Transformers models. Importing this package tells Transformers' Auto classes of them.
 
-    import mmctx.hf
-    from transformers import AutoModelForCausalLM, AutoProcessor
+import mmctx.hf
+from transformers import AutoModelForCausalLM, AutoProcessor
 
-    model = AutoModelForCausalLM.from_pretrained("runs/demo/latest")
-    processor = AutoProcessor.from_pretrained("runs/demo/latest")
+model = AutoModelForCausalLM.from_pretrained("runs/demo/latest")
+processor = AutoProcessor.from_pretrained("runs/demo/latest")
 """
 
 from __future__ import annotations

@@ -68,7 +68,12 @@ def model_folder(path: Path) -> Path:
 
 
 def write_answer(
-    checkpoint: Path, parts: Sequence[Part], options: Mapping[str, Any], *, seed: int | None = None, stream: bool = False
+    checkpoint: Path,
+    parts: Sequence[Part],
+    options: Mapping[str, Any],
+    *,
+    seed: int | None = None,
+    stream: bool = False,
 ) -> Answer:
     """Continues a prompt.
 

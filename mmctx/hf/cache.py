@@ -19,6 +19,17 @@ _SCORES = 1 << 22
 """Entries of a mask that exist at once: where many tokens follow a filled cache, queries take turns."""
 
 
+def joined(cache: Cache | None, past: Cache | None) -> Cache | None:
+    """The one of two caches that counts. peft hands a learned prefix over as `past_key_values`, at each step anew, beside the `cache` that
+    `generate` keeps: an empty one takes the prefix over, a filled one has it."""
+    if cache is None or past is None:
+        return past if cache is None else cache
+    if not cache.get_seq_length():
+        for layer, held in enumerate(past.layers):
+            cache.update(held.keys, held.values, layer)  # type: ignore[union-attr]
+    return cache
+
+
 class PaddedCache:
     """What a trunk's layers ask of a cache (see `mmctx.kv_cache`), on top of one of Transformers', which beams may reorder.
 
@@ -43,7 +54,11 @@ class PaddedCache:
         size = max(1, _SCORES // (keys.shape[0] * keys.shape[2]))
         parts = [
             F.scaled_dot_product_attention(
-                part, keys, values, attn_mask=self._mask(window, number * size, part.shape[2]), enable_gqa=q.shape[1] != k.shape[1]
+                part,
+                keys,
+                values,
+                attn_mask=self._mask(window, number * size, part.shape[2]),
+                enable_gqa=q.shape[1] != k.shape[1],
             )
             for number, part in enumerate(queries.split(size, dim=2))
         ]

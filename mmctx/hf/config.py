@@ -123,9 +123,8 @@ class MmctxConfig(PreTrainedConfig):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """From a folder; see `PreTrainedConfig.from_pretrained`."""
-        return super().from_pretrained(
-            pretrained_model_name_or_path, **{"name_or_path": str(pretrained_model_name_or_path)} | kwargs
-        )
+        kwargs.setdefault("name_or_path", str(pretrained_model_name_or_path))
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

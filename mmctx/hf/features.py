@@ -81,7 +81,9 @@ class FeaturesMixin:
         if (embed_id := self.config.special_tokens.get("embed")) is None:
             raise ConfigError("special_tokens of the config lack 'embed', the id behind which embeddings are read")
         half: Any = Similarity(name, configs[name], _SpecialIds(self.placeholder_ids, embed_id))  # type: ignore[arg-type]
-        documents: list[Document] = [half.view_document(Sample("", "", number), view, part) for number, part in enumerate(parts)]
+        documents: list[Document] = [
+            half.view_document(Sample("", "", number), view, part) for number, part in enumerate(parts)
+        ]
         batch = pack_documents(documents, self.placeholder_ids).to(self.device)
         native = self.native
         place = f"{name}/{view}"

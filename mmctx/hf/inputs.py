@@ -69,7 +69,9 @@ class Rows:
             now = mask[:, past:]
             places, lengths = now.flatten().nonzero()[:, 0], tuple(now.sum(dim=1).tolist())
         if not len(places):
-            raise DataError(f"all of the {count} x {columns} tokens are padding: attention_mask has no 1 in their columns")
+            raise DataError(
+                f"all of the {count} x {columns} tokens are padding: attention_mask has no 1 in their columns"
+            )
         if positions is None and mask is not None:
             positions = mask.long().cumsum(dim=1)[:, past:] - 1
         elif positions is None:
@@ -119,7 +121,10 @@ class Rows:
 
 
 def media_batches(
-    input_ids: Tensor, placeholder_ids: Mapping[str, int], encoders: Mapping[str, Any], inputs: Mapping[str, Tensor | None]
+    input_ids: Tensor,
+    placeholder_ids: Mapping[str, int],
+    encoders: Mapping[str, Any],
+    inputs: Mapping[str, Tensor | None],
 ) -> dict[str, MediaBatch]:
     """Pictures and clips, in reading order, for the placeholders of packed ids (T,).
 
@@ -159,7 +164,9 @@ def items_by_row(placeholders: Sequence[int], num_tokens: Sequence[int]) -> list
     return np.diff(until, prepend=0).tolist()
 
 
-def _pictures(encoder: Any, inputs: Mapping[str, Tensor | None]) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]] | None:
+def _pictures(
+    encoder: Any, inputs: Mapping[str, Tensor | None]
+) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]] | None:
     pixels = inputs.get("pixel_values")
     if pixels is None or encoder is None:
         return None if pixels is None else (pixels, (), ())

@@ -63,7 +63,9 @@ def samples_of(clip: Any, rate: int | None) -> tuple[Tensor, int]:
         clip, rate = clip["array"], clip.get("sampling_rate", rate)
     samples = torch.as_tensor(np.asarray(clip), dtype=torch.float32)
     if samples.ndim != 1:
-        raise DataError(f"a sound is a file or mono samples (n,); found {tuple(samples.shape)}: take the mean of its channels")
+        raise DataError(
+            f"a sound is a file or mono samples (n,); found {tuple(samples.shape)}: take the mean of its channels"
+        )
     if rate is None:
         raise DataError("samples tell no rate: give sampling_rate=..., in Hz")
     return samples, rate

@@ -17,13 +17,13 @@ from transformers.utils.generic import can_return_tuple
 
 from mmctx.activations import ActivationsConfig
 from mmctx.errors import ConfigError
-from mmctx.hf.cache import PaddedCache
+from mmctx.hf.cache import PaddedCache, joined
 from mmctx.hf.config import MmctxConfig
 from mmctx.hf.features import FeaturesMixin
+from mmctx.hf.head import next_token_logits, sum_of_losses
 from mmctx.hf.inputs import MEDIA_INPUTS, Rows, items_by_row, media_batches
 from mmctx.hf.resize import VocabularyMixin
 from mmctx.model import ENCODERS, MmctxModel
-from mmctx.objectives.linear_cross_entropy import linear_cross_entropy
 from mmctx.pack import IGNORE_INDEX, MODALITIES
 
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -40,17 +40,17 @@ class MmctxForConditionalGeneration(FeaturesMixin, VocabularyMixin, PreTrainedMo
     config_class = MmctxConfig
     config: MmctxConfig
     main_input_name = "input_ids"
-    input_modalities = ("text", "image", "audio")
+    input_modalities = ["text", "image", "audio"]  # noqa: RUF012
     supports_gradient_checkpointing = True
     gradient_checkpointing = False
-    _no_split_modules = ["Block", *(encoder.__name__ for encoder in ENCODERS.values())]
-    _skip_keys_device_placement = ["past_key_values", "cache"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
 
     def __init__(self, config: MmctxConfig) -> None:
         super().__init__(config)
         native = _build(config)
         self._modules, self._parameters, self._buffers = native._modules, native._parameters, native._buffers
         self.__dict__["_of_native"] = native.__dict__
+        self._no_split_modules = ["Block", *{type(encoder).__name__ for encoder in native.encoders.values()}]
         self.post_init()
 
     @property
@@ -58,7 +58,7 @@ class MmctxForConditionalGeneration(FeaturesMixin, VocabularyMixin, PreTrainedMo
         """The model without Transformers, over the same modules and in the same mode."""
         found = MmctxModel.__new__(MmctxModel)
         shared = {name: self.__dict__[name] for name in ("_modules", "_parameters", "_buffers", "training")}
-        found.__dict__.update(self._of_native | shared | {"vocab_size": self.config.vocab_size})
+        found.__dict__.update(self.__dict__["_of_native"] | shared | {"vocab_size": self.config.vocab_size})
         return found
 
     @can_return_tuple
@@ -88,7 +88,7 @@ class MmctxForConditionalGeneration(FeaturesMixin, VocabularyMixin, PreTrainedMo
             input_ids: (B, L), media slots hold their placeholder; or `inputs_embeds`.
             attention_mask: (B, L), with a cache (B, P + L): 0 for padding, at either end. Padding is neither computed nor seen.
             position_ids: (B, L); counted from the mask by default.
-            past_key_values, cache: a Transformers cache, filled in place.
+            past_key_values, cache: a Transformers cache, filled in place. See `joined` for both.
             inputs_embeds: (B, L, D), media included.
             pixel_values: (I, 3, S, S) uint8, pictures of all rows in reading order.
             input_features: (I, F, M) log-mel frames of all clips in reading order, `input_features_mask` (I, F) 0 behind a clip's end.
@@ -107,20 +107,20 @@ class MmctxForConditionalGeneration(FeaturesMixin, VocabularyMixin, PreTrainedMo
             raise ConfigError("output_attentions: attention kernels keep no weights; leave it out")
         if (input_ids is None) == (inputs_embeds is None):
             raise ConfigError("give either input_ids or inputs_embeds")
-        cache = past_key_values if cache is None else cache
+        cache = joined(cache, past_key_values)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         native = self.native
-        rows = Rows.of(
-            input_ids if inputs_embeds is None else inputs_embeds,
-            0 if cache is None else cache.get_seq_length(),
-            attention_mask,
-            position_ids,
-        )
+        example: Any = input_ids if inputs_embeds is None else inputs_embeds
+        rows = Rows.of(example, 0 if cache is None else cache.get_seq_length(), attention_mask, position_ids)
         ids = rows.positions.new_zeros(len(rows.positions)) if input_ids is None else rows.pack(input_ids)
         media: Mapping[str, Any] = {}
         if input_ids is not None:
-            inputs = {"pixel_values": pixel_values, "input_features": input_features, "input_features_mask": input_features_mask}
+            inputs = {
+                "pixel_values": pixel_values,
+                "input_features": input_features,
+                "input_features_mask": input_features_mask,
+            }
             media = media_batches(ids, self.placeholder_ids, dict(native.encoders.items()), inputs)
         batch = rows.batch(ids, media, is_causal)
         embeddings = native.embed(batch) if inputs_embeds is None else rows.pack(inputs_embeds)
@@ -140,8 +140,7 @@ class MmctxForConditionalGeneration(FeaturesMixin, VocabularyMixin, PreTrainedMo
         columns = torch.arange(rows.shape[1], device=hidden.device)
         kept = columns[keep.to(hidden.device)] if isinstance(keep, Tensor) else columns[-keep:]  # -0: all
         last, real = rows.latest(kept)
-        with _at_hand(self.embedding):
-            logits = native.next_token_logits(hidden.index_select(0, last.flatten())).unflatten(0, last.shape)
+        logits = next_token_logits(native, hidden.index_select(0, last.flatten())).unflatten(0, last.shape)
         return logits if rows.is_full else logits * real[..., None]
 
     def _loss(
@@ -155,9 +154,7 @@ class MmctxForConditionalGeneration(FeaturesMixin, VocabularyMixin, PreTrainedMo
         for placeholder in self.placeholder_ids.values():
             targets[targets == placeholder] = IGNORE_INDEX
         places = (targets != IGNORE_INDEX).nonzero()[:, 0]
-        with _at_hand(self.embedding):
-            weight = native.head_weight[: self.config.vocab_size]
-            total = linear_cross_entropy(hidden.index_select(0, places), weight, targets.index_select(0, places))
+        total = sum_of_losses(native, hidden.index_select(0, places), targets.index_select(0, places))
         return total / (len(places) if count is None else count)
 
     @property
@@ -166,15 +163,20 @@ class MmctxForConditionalGeneration(FeaturesMixin, VocabularyMixin, PreTrainedMo
         return {kind: self.config.special_tokens[kind] for kind in MODALITIES if kind in self.config.special_tokens}
 
     def _expand_inputs_for_generation(
-        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **model_kwargs: Any
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **model_kwargs: Any,
     ) -> tuple[Any, dict[str, Any]]:
         """Beams and several answers: rows are repeated, and with each its own items, of which it may have any number."""
         media = {name: model_kwargs.pop(name, None) for name in MEDIA_INPUTS}
         if input_ids is not None and expand_size > 1:
             media = self._repeat_media(input_ids, media, expand_size)
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+        expand: Any = super()._expand_inputs_for_generation  # type: ignore[reportAttributeAccessIssue]
+        input_ids, model_kwargs = expand(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )  # type: ignore[assignment]
+        )
         return input_ids, model_kwargs | {name: value for name, value in media.items() if value is not None}
 
     def _repeat_media(self, input_ids: Tensor, media: dict[str, Any], times: int) -> dict[str, Any]:
@@ -190,7 +192,9 @@ class MmctxForConditionalGeneration(FeaturesMixin, VocabularyMixin, PreTrainedMo
             found |= {name: media[name][order] for name in names if media[name] is not None}
         return found
 
-    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = None, every_n_layers: int = 1) -> None:
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = None, every_n_layers: int = 1
+    ) -> None:
         """Blocks are computed again by our own means, see `mmctx.activations`; reentrant checkpoints are not among them."""
         self.gradient_checkpointing = enable
         self.native.set_activations(ActivationsConfig(checkpoint="full" if enable else "none", every=every_n_layers))
@@ -213,7 +217,9 @@ class MmctxForConditionalGeneration(FeaturesMixin, VocabularyMixin, PreTrainedMo
             fresh = _build(self.config) if missing else None
             encoders = fresh.encoders if fresh is not None else _build_encoders(self.config)
         found = {f"encoders.{name}": value for name, value in encoders.named_buffers()}
-        found |= {name: value for name, value in fresh.named_parameters() if name in missing} if fresh is not None else {}
+        found |= (
+            {name: value for name, value in fresh.named_parameters() if name in missing} if fresh is not None else {}
+        )
         constants = {name for name, _ in self.named_non_persistent_buffers()}
         with torch.no_grad():
             for name in constants | missing:
@@ -251,7 +257,11 @@ def _build_encoders(config: MmctxConfig) -> nn.ModuleDict:
 
     shape = without_pretrained(config.shape)
     return nn.ModuleDict(
-        {kind: build(part, shape.transformer.width) for kind, build in ENCODERS.items() if (part := getattr(shape, kind)) is not None}
+        {
+            kind: build(part, shape.transformer.width)
+            for kind, build in ENCODERS.items()
+            if (part := getattr(shape, kind)) is not None
+        }
     )
 
 
@@ -265,12 +275,3 @@ def _block_outputs(trunk: Any) -> Iterator[list[Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _at_hand(module: nn.Module) -> Any:
-    """Brings in weights that accelerate keeps elsewhere, for uses that are no call of the module."""
-    if not hasattr(module, "_hf_hook"):
-        return nullcontext()
-    from accelerate.utils import align_module_device
-
-    return align_module_device(module)

@@ -64,7 +64,9 @@ def mark_rows(texts: Sequence[str] | None, given: Mapping[str, Any]) -> tuple[li
     for kind, mark in PLACEHOLDERS.items():
         marks, found = sum(text.count(mark) for text in texts), len(items.get(kind, ()))
         if marks != found:
-            raise DataError(f"the texts hold {marks} marks {mark}, but there are {found} {kind} items: one mark stands for one of them")
+            raise DataError(
+                f"the texts hold {marks} marks {mark}, but there are {found} {kind} items: one mark stands for one of them"
+            )
     return list(texts), items
 
 
@@ -98,7 +100,9 @@ def media_of_messages(conversations: Sequence[Any]) -> dict[str, list[Any]]:
         for message in conversation:
             for part in message["content"] if not isinstance(message["content"], str) else ():
                 kind = "image" if part["type"] == "image_url" else part["type"]
-                value = next((part[key] for key in (part["type"], "path", "url", "base64") if part.get(key) is not None), None)
+                value = next(
+                    (part[key] for key in (part["type"], "path", "url", "base64") if part.get(key) is not None), None
+                )
                 if kind in found and value is not None:
                     found[kind].append(value["url"] if isinstance(value, Mapping) and "url" in value else value)
     return found
@@ -120,5 +124,7 @@ def media_inputs(items: Mapping[str, Sequence[MediaItem]]) -> dict[str, Tensor]:
     if clips := items.get("audio"):
         frames = [item.values for item in clips]
         found["input_features"] = pad_sequence(frames, batch_first=True)
-        found["input_features_mask"] = pad_sequence([torch.ones(len(f), dtype=torch.int64) for f in frames], batch_first=True)
+        found["input_features_mask"] = pad_sequence(
+            [torch.ones(len(f), dtype=torch.int64) for f in frames], batch_first=True
+        )
     return found

@@ -29,11 +29,13 @@ def test_any_auto_class_opens_a_checkpoint(either: Path) -> None:
     ours, tokenizer, run = load_model(either)
     for auto in (AutoModel, AutoModelForCausalLM, MmctxForConditionalGeneration):
         model, report = auto.from_pretrained(either, output_loading_info=True)
-        assert type(model) is MmctxForConditionalGeneration and not model.training
+        assert type(model) is MmctxForConditionalGeneration
+        assert not model.training
         assert not any(report.values()), report
         same(model, ours)
     config = AutoConfig.from_pretrained(either)
-    assert config.shape == run.model and config.objective_configs == run.objectives
+    assert config.shape == run.model
+    assert config.objective_configs == run.objectives
     assert (config.vocab_size, config.max_position_embeddings) == (len(tokenizer), 128)
     assert type(AutoProcessor.from_pretrained(either)) is MmctxProcessor
 
@@ -56,11 +58,14 @@ def test_checkpoints_of_earlier_versions_open(checkpoint: Path, tmp_path: Path) 
 def test_the_stage_that_was_trained_last_counts(make: Callable[..., Path], tmp_path: Path) -> None:
     longer = {"steps": 2, "context_length": 128, "rope": {"scaling": "linear", "factor": 2.0}, "windows": [8, None]}
     train = {"num_threads": 1, "seed": 1}
-    folder = make(step=3, schedule=[{"steps": 2, "context_length": 64}, longer, {"steps": 2, "windows": [4]}], train=train)
+    folder = make(
+        step=3, schedule=[{"steps": 2, "context_length": 64}, longer, {"steps": 2, "windows": [4]}], train=train
+    )
     for path in (folder, as_earlier(folder, tmp_path / "earlier")):
         config = AutoConfig.from_pretrained(path)
         assert config.shape == load_model(folder)[2].model
-        assert config.shape.transformer.windows == (8, None) and config.shape.transformer.rope.factor == 2
+        assert config.shape.transformer.windows == (8, None)
+        assert config.shape.transformer.rope.factor == 2
         assert config.max_position_embeddings == 128
 
 
@@ -99,7 +104,9 @@ def test_a_checkpoint_of_bf16(checkpoint: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("place", ["auto", "disk"])
 def test_big_model_loading(either: Path, tmp_path: Path, place: str) -> None:
     whole = AutoModelForCausalLM.from_pretrained(either)
-    parts = ["embedding", "encoders", "objectives", "trunk.blocks.0", "trunk.norm"] + (["head"] if whole.get_output_embeddings() else [])
+    parts = ["embedding", "encoders", "objectives", "trunk.blocks.0", "trunk.norm"] + (
+        ["head"] if whole.get_output_embeddings() else []
+    )
     spread = dict.fromkeys(parts, "cpu") | {"trunk.blocks.1": "disk"}
     if place == "disk" and whole.get_output_embeddings() is None:
         spread["embedding"] = "disk"  # which is the output head, too
@@ -122,7 +129,9 @@ def test_blocks_stay_whole_on_their_device(checkpoint: Path) -> None:
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
     assert {p.device.type for p in model.parameters()} == {"meta"}
-    found = infer_auto_device_map(model, {0: "60KB", 1: "60KB", "cpu": "1GB"}, no_split_module_classes=model._no_split_modules)
+    found = infer_auto_device_map(
+        model, {0: "60KB", 1: "60KB", "cpu": "1GB"}, no_split_module_classes=model._no_split_modules
+    )
     assert len(set(found.values())) > 1
     for name, _ in model.named_modules():
         if name.startswith("trunk.blocks.") and name.count(".") == 2:
@@ -147,7 +156,8 @@ def test_a_model_without_a_run(tmp_path: Path) -> None:
     assert model(torch.arange(6)[None]).logits.shape == (1, 6, 50)
     model.save_pretrained(tmp_path)
     tree = json.loads((tmp_path / "config.json").read_text())
-    assert tree["model_type"] == "mmctx" and tree["model"]["transformer"]["width"] == tree["hidden_size"] == 16
+    assert tree["model_type"] == "mmctx"
+    assert tree["model"]["transformer"]["width"] == tree["hidden_size"] == 16
     same(model, AutoModelForCausalLM.from_pretrained(tmp_path))
     assert MmctxConfig().shape == ModelConfig()
 
@@ -165,7 +175,8 @@ def test_a_vocabulary_grows_and_shrinks(either: Path, tmp_path: Path, mean: bool
         assert logits.shape[2] == size
         torch.testing.assert_close(logits[..., :known], want)
     for table in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
-        assert len(table.weight) % 64 == 0 and len(table.weight) >= size
+        assert len(table.weight) % 64 == 0
+        assert len(table.weight) >= size
         drawn = table.weight[known : known + 3]
         assert torch.equal(drawn[0], drawn[1]) == mean
     model.save_pretrained(tmp_path)

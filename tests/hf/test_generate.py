@@ -17,7 +17,12 @@ from mmctx.hf import MmctxForConditionalGeneration, MmctxProcessor
 from mmctx.pack import Document, pack_documents
 
 NEW = 7
-TEXTS = ["red <|image|> cat <|audio|>", "<|image|>", "a tall green tree and a small blue", "<|image|>and<|image|> is <|audio|>"]
+TEXTS = [
+    "red <|image|> cat <|audio|>",
+    "<|image|>",
+    "a tall green tree and a small blue",
+    "<|image|>and<|image|> is <|audio|>",
+]
 IMAGES, CLIPS = [png(n) for n in range(4)], [flac(0, 0.4), flac(1, 0.25)]
 
 
@@ -33,7 +38,10 @@ def read_all(processor: MmctxProcessor, side: str = "left") -> Any:
 def read_each(processor: MmctxProcessor) -> list[Any]:
     found, images, clips = [], list(IMAGES), list(CLIPS)
     for text in TEXTS:
-        own = [images.pop(0) for _ in range(text.count("<|image|>"))], [clips.pop(0) for _ in range(text.count("<|audio|>"))]
+        own = (
+            [images.pop(0) for _ in range(text.count("<|image|>"))],
+            [clips.pop(0) for _ in range(text.count("<|audio|>"))],
+        )
         found.append(processor(images=own[0] or None, text=text, audio=own[1] or None))
     return found
 
@@ -49,7 +57,10 @@ def answers(model: MmctxForConditionalGeneration, found: Tensor, prompt: int) ->
 def slowly(model: MmctxForConditionalGeneration, inputs: Any, count: int) -> list[int]:
     """The likeliest tokens, by the native model and a document of `mmctx.pack`, which is read from its start for every token."""
     media, at, pictures = [], 0, list(inputs.get("pixel_values", []))
-    clips = [clip[mask.bool()] for clip, mask in zip(inputs.get("input_features", []), inputs.get("input_features_mask", []), strict=True)]
+    clips = [
+        clip[mask.bool()]
+        for clip, mask in zip(inputs.get("input_features", []), inputs.get("input_features_mask", []), strict=True)
+    ]
     ids = inputs["input_ids"][0].tolist()
     names = {number: kind for kind, number in model.placeholder_ids.items()}
     from mmctx.pack import MediaItem
@@ -59,7 +70,9 @@ def slowly(model: MmctxForConditionalGeneration, inputs: Any, count: int) -> lis
             at += 1
             continue
         values = (pictures if kind == "image" else clips).pop(0)
-        item = MediaItem(kind, values, 4 if kind == "image" else -(-len(values) // model.config.shape.audio.frames_per_token))
+        item = MediaItem(
+            kind, values, 4 if kind == "image" else -(-len(values) // model.config.shape.audio.frames_per_token)
+        )
         media.append((at, item))
         at += item.num_tokens
     native, new = model.native, []
@@ -96,21 +109,31 @@ def test_greedy_equals_decoding_without_a_cache(parts: Any) -> None:
 
 def test_beams_of_a_batch_are_those_of_each_prompt(parts: Any) -> None:
     model, processor = parts
-    beams = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": NEW, "output_scores": True, "return_dict_in_generate": True}
+    beams = {
+        "num_beams": 3,
+        "num_return_sequences": 2,
+        "max_new_tokens": NEW,
+        "output_scores": True,
+        "return_dict_in_generate": True,
+    }
     inputs = read_all(processor)
     together = model.generate(**inputs, **beams)
     found = answers(model, together.sequences, inputs["input_ids"].shape[1])
     for number, alone in enumerate(read_each(processor)):
         one = model.generate(**alone, **beams)
         assert found[2 * number : 2 * number + 2] == answers(model, one.sequences, alone["input_ids"].shape[1])
-        torch.testing.assert_close(together.sequences_scores[2 * number : 2 * number + 2], one.sequences_scores, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            together.sequences_scores[2 * number : 2 * number + 2], one.sequences_scores, atol=1e-4, rtol=1e-4
+        )
         assert one.sequences_scores[0] > one.sequences_scores[1]
 
 
 def test_scores_of_beams_are_log_probabilities(parts: Any) -> None:
     model, processor = parts
     alone = read_each(processor)[0]
-    one = model.generate(**alone, num_beams=3, max_new_tokens=NEW, length_penalty=0.0, output_scores=True, return_dict_in_generate=True)
+    one = model.generate(
+        **alone, num_beams=3, max_new_tokens=NEW, length_penalty=0.0, output_scores=True, return_dict_in_generate=True
+    )
     start = alone["input_ids"].shape[1]
     with torch.no_grad():
         logits = model(**(alone | {"input_ids": one.sequences, "attention_mask": None})).logits[0, start - 1 : -1]
@@ -125,7 +148,9 @@ def test_sampling_draws_from_the_models_distribution(parts: Any) -> None:
     model, processor = parts
     inputs = read_each(processor)[1]
     torch.manual_seed(0)
-    drawn = model.generate(**inputs, do_sample=True, temperature=0.7, top_k=0, max_new_tokens=1, num_return_sequences=2000)[:, -1]
+    drawn = model.generate(
+        **inputs, do_sample=True, temperature=0.7, top_k=0, max_new_tokens=1, num_return_sequences=2000
+    )[:, -1]
     with torch.no_grad():
         expected = (model(**inputs).logits[0, -1] / 0.7).softmax(dim=-1)
     shares = torch.bincount(drawn, minlength=len(expected)) / len(drawn)
@@ -148,7 +173,7 @@ def test_a_conversation_goes_on_with_its_cache(parts: Any) -> None:
     model, processor = parts
     inputs = read_all(processor)
     first = model.generate(**inputs, max_new_tokens=3, return_dict_in_generate=True, eos_token_id=-1)
-    cache = first.past_key_values if "cache" not in first else first["cache"]
+    cache = first["cache" if "cache" in first else "past_key_values"]
     more = torch.tensor([[20, 21, 22, 23]]).expand(len(TEXTS), -1)
     ids = torch.cat([first.sequences, more], dim=1)
     mask = torch.cat([inputs["attention_mask"], torch.ones(len(TEXTS), 7, dtype=torch.int64)], dim=1)
@@ -200,7 +225,8 @@ def test_logits_where_asked(parts: Any) -> None:
             every = model(**inputs).logits
             last, some = (model(**inputs, logits_to_keep=keep).logits for keep in (2, torch.tensor([0, 3])))
         assert every.shape == (*inputs["input_ids"].shape, model.config.vocab_size)
-        assert torch.equal(last, every[:, -2:]) and torch.equal(some, every[:, [0, 3]])
+        assert torch.equal(last, every[:, -2:])
+        assert torch.equal(some, every[:, [0, 3]])
         for row, alone in enumerate(read_each(processor)):
             want = model(**alone).logits[0]
             torch.testing.assert_close(every[row][inputs["attention_mask"][row].bool()], want, atol=1e-4, rtol=1e-4)
