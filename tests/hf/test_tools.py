@@ -6,9 +6,12 @@ import io
 import json
 import math
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +27,8 @@ from mmctx.eval.answers import continuation_log_probs
 from mmctx.generate import read_prompts
 from mmctx.pack import Document, pack_documents
 from mmctx.train.checkpoints.load import load_model
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_text_generation_pipeline(checkpoint: Path) -> None:
@@ -207,3 +212,20 @@ def test_generate_refuses_other_models(tmp_path: Path) -> None:
 def test_training_and_help_pay_nothing_for_it() -> None:
     code = "import sys, mmctx.cli, mmctx.train.loop; assert 'mmctx.hf' not in sys.modules and 'transformers.generation' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+
+
+def test_readme_says_what_works(checkpoint: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = (ROOT / "README.md").read_text().split("### Use a checkpoint with Transformers")[1]
+    code = re.search(r"```python\n(.*?)```", section, re.S)[1]  # type: ignore[index]
+    for name, source in {"cat.png": "a.png", "dog.png": "b.png", "word.flac": "c.flac"}.items():
+        (tmp_path / name).write_bytes((files / source).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    code = code.replace("runs/demo/latest", str(checkpoint))
+    assert str(checkpoint) in code
+    found: dict[str, Any] = {}
+    exec(code, found)
+    assert found["written"].shape[0] == 2
+    assert found["pictures"].norm(dim=1).tolist() == pytest.approx([1, 1])
+    for line in re.findall(r"mmctx generate (.*)", section)[:3]:
+        words = shlex.split(line.split("#")[0].replace("runs/demo", str(checkpoint)))
+        assert run(*words, "--max-new-tokens", "4")
