@@ -130,6 +130,16 @@ def decode_image(data: bytes) -> Tensor:
                 pixels = _pillow_pixels(image)
     except Exception as error:  # Pillow raises many types on damaged bytes
         raise SampleError("undecodable_image", complaint(error)) from None
+    return _as_rgb(pixels)
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """What `decode_image` gives for a picture that Pillow has opened."""
+    return _as_rgb(_pillow_pixels(image))
+
+
+def _as_rgb(pixels: Tensor) -> Tensor:
+    """(1 or 3 or 4, H, W) uint8 or uint16 -> (3, H, W) uint8."""
     if pixels.dtype == torch.uint16:
         pixels = (pixels.int() >> 8).byte()
     if pixels.shape[0] == 1:

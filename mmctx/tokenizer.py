@@ -122,5 +122,7 @@ class TextTokenizer:
         return str(self.hf.decode([int(i) for i in ids], skip_special_tokens=True))
 
     def save(self, folder: Path) -> None:
-        """Writes the tokenizer, special tokens included, into a checkpoint folder."""
+        """Writes the tokenizer, special tokens included, into a checkpoint folder. There it has a padding token: others pad batches."""
+        if self.hf.pad_token is None:
+            self.hf.pad_token = self.hf.eos_token
         self.hf.save_pretrained(str(folder))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from mmctx.cli import audit, build, convert, data, doctor, export, profile, runs, sweep
+from mmctx.cli import audit, build, convert, data, doctor, export, generate, profile, runs, sweep
 from mmctx.errors import MmctxError
 
 app = typer.Typer(
@@ -44,6 +44,7 @@ for name, command in {
     "view": data.data_view,
 }.items():
     data_app.command(name)(command)
+app.command("generate", cls=generate.InOrder)(generate.generate)
 
 
 def main(arguments: Sequence[str] = ()) -> None:

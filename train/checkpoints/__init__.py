@@ -1,6 +1,6 @@
 """Checkpoints: written whole or not at all, read only when whole.
 
-    runs/NAME/checkpoint-1000/   config.json model.safetensors and the tokenizer's files
+    runs/NAME/checkpoint-1000/   config.json model.safetensors, the tokenizer's files and those of `mmctx.hf_files`: a Transformers model
         trainer/                 trainer_state.json, optimizer/*.safetensors
         manifest.json            size and hash of each file
         COMPLETE                 hash of the manifest; written last

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmctx.hf_files import describe_model, side_files
 from mmctx.model import MmctxModel
 from mmctx.tokenizer import TextTokenizer
 from mmctx.train.card import write_card
@@ -23,6 +24,7 @@ from mmctx.train.checkpoints.state import TrainerState
 from mmctx.train.checkpoints.write import Contents, write_checkpoint
 from mmctx.train.checkpoints.writer import Writer
 from mmctx.train.config import RunConfig
+from mmctx.train.stages import trained_stage
 
 
 class Saver:
@@ -48,7 +50,7 @@ class Saver:
         self._writer = Writer()
         self._weights, self._optimizer, self._average = Snapshot(), Snapshot(), Snapshot()
         self._copied = Copied()
-        self._tokenizer: tuple[TextTokenizer, dict[str, bytes]] | None = None
+        self._side_files: tuple[TextTokenizer, dict[str, bytes]] | None = None
         self._ends = {stage.stop for stage in config.stages} if config.schedule else set()
 
     def save(
@@ -81,15 +83,11 @@ class Saver:
         )
         contents = Contents(
             state=deepcopy(state),
-            description={
-                "model_type": "mmctx",
-                "vocab_size": model.vocab_size,
-                "run": self.config.model_dump(mode="json"),
-            },
+            description=self._describe(model, tokenizer, state.step),
             weights=weights,
             optimizer=optimizer_state,
             average=averaged,
-            texts=self._tokenizer_files(tokenizer),
+            texts=self._files(tokenizer),
             metrics=metrics or {},
         )
         self._writer.submit(lambda: self._write(contents))
@@ -138,13 +136,23 @@ class Saver:
         for old in superfluous(self.run_dir, self.config.train.keep, contents.state.step, self._ends):
             delete(old)
 
-    def _tokenizer_files(self, tokenizer: TextTokenizer) -> dict[str, bytes]:
-        """Made once and outside of the thread, while nobody else uses the tokenizer."""
-        if self._tokenizer is None or self._tokenizer[0] is not tokenizer:
+    def _describe(self, model: MmctxModel, tokenizer: TextTokenizer, step: int) -> dict[str, Any]:
+        """`config.json`: the model in the stage that it was last trained in, for Transformers, and the whole run, for us."""
+        stage = trained_stage(self.config, step).config
+        about = describe_model(stage.model, stage.objectives, tokenizer, model.vocab_size)
+        return about | {
+            "max_position_embeddings": stage.data.context_length,
+            "run": self.config.model_dump(mode="json"),
+        }
+
+    def _files(self, tokenizer: TextTokenizer) -> dict[str, bytes]:
+        """The tokenizer's and those that Transformers wants, made once and outside of the thread, while nobody else uses the tokenizer."""
+        if self._side_files is None or self._side_files[0] is not tokenizer:
             with tempfile.TemporaryDirectory() as folder:
                 tokenizer.save(Path(folder))
-                self._tokenizer = tokenizer, {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
-        return self._tokenizer[1]
+                files = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+            self._side_files = tokenizer, files | side_files(self.config.model, tokenizer)
+        return self._side_files[1]
 
 
 def save_checkpoint(

@@ -1,0 +1,277 @@
+"""`MmctxForConditionalGeneration`: a model of ours with the face of a Transformers model.
+
+Shapes: B rows, L columns, T packed tokens, D width, V vocabulary, K kept columns, I items of a modality.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from mmctx.activations import ActivationsConfig
+from mmctx.errors import ConfigError
+from mmctx.hf.cache import PaddedCache, joined
+from mmctx.hf.config import MmctxConfig
+from mmctx.hf.features import FeaturesMixin
+from mmctx.hf.head import next_token_logits, sum_of_losses
+from mmctx.hf.inputs import MEDIA_INPUTS, Rows, items_by_row, media_batches
+from mmctx.hf.resize import VocabularyMixin
+from mmctx.model import ENCODERS, MmctxModel
+from mmctx.pack import IGNORE_INDEX, MODALITIES
+
+_CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What this version of Transformers calls it."""
+
+
+class MmctxForConditionalGeneration(FeaturesMixin, VocabularyMixin, PreTrainedModel, GenerationMixin):
+    """Reads text, pictures and sound, writes text.
+
+    The modules of a `MmctxModel` hang directly below this class, so that parameters have the names that they have in training and in
+    `model.safetensors`, for LoRA's targets, too. `native` is that model, over the same modules.
+    """
+
+    config_class = MmctxConfig
+    config: MmctxConfig
+    main_input_name = "input_ids"
+    input_modalities = ["text", "image", "audio"]  # noqa: RUF012
+    supports_gradient_checkpointing = True
+    gradient_checkpointing = False
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
+
+    def __init__(self, config: MmctxConfig) -> None:
+        super().__init__(config)
+        native = _build(config)
+        self._modules, self._parameters, self._buffers = native._modules, native._parameters, native._buffers
+        self.__dict__["_of_native"] = native.__dict__
+        self._no_split_modules = ["Block", *{type(encoder).__name__ for encoder in native.encoders.values()}]
+        self.post_init()
+
+    @property
+    def native(self) -> MmctxModel:
+        """The model without Transformers, over the same modules and in the same mode."""
+        found = MmctxModel.__new__(MmctxModel)
+        shared = {name: self.__dict__[name] for name in ("_modules", "_parameters", "_buffers", "training")}
+        found.__dict__.update(self.__dict__["_of_native"] | shared | {"vocab_size": self.config.vocab_size})
+        return found
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        input_features: Tensor | None = None,
+        input_features_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        cache: Any = None,
+        logits_to_keep: int | Tensor | None = None,
+        is_causal: bool = True,
+        num_items_in_batch: Tensor | int | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Hidden states of padded rows, and of these what is asked for.
+
+        Args:
+            input_ids: (B, L), media slots hold their placeholder; or `inputs_embeds`.
+            attention_mask: (B, L), with a cache (B, P + L): 0 for padding, at either end. Padding is neither computed nor seen.
+            position_ids: (B, L); counted from the mask by default.
+            past_key_values, cache: a Transformers cache, filled in place. See `joined` for both.
+            inputs_embeds: (B, L, D), media included.
+            pixel_values: (I, 3, S, S) uint8, pictures of all rows in reading order.
+            input_features: (I, F, M) log-mel frames of all clips in reading order, `input_features_mask` (I, F) 0 behind a clip's end.
+            labels: (B, L) ids, `IGNORE_INDEX` for what is not predicted, media never are; the loss is the mean over the rest, or their sum
+                divided by `num_items_in_batch`.
+            use_cache: start a cache, if none is given.
+            logits_to_keep: logits (B, K, V) of the last K columns, or of columns (K,). By default all; with labels none.
+            is_causal: False reads in both directions, as masked LM does.
+            output_hidden_states: (B, L, D) of the embeddings and each block.
+
+        Raises:
+            DataError: shapes do not fit together, or media and placeholders are not equally many.
+            ConfigError: something is asked for that kernels do not give.
+        """
+        if output_attentions:
+            raise ConfigError("output_attentions: attention kernels keep no weights; leave it out")
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ConfigError("give either input_ids or inputs_embeds")
+        cache = joined(cache, past_key_values)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        native = self.native
+        example: Any = input_ids if inputs_embeds is None else inputs_embeds
+        rows = Rows.of(example, 0 if cache is None else cache.get_seq_length(), attention_mask, position_ids)
+        ids = rows.positions.new_zeros(len(rows.positions)) if input_ids is None else rows.pack(input_ids)
+        media: Mapping[str, Any] = {}
+        if input_ids is not None:
+            inputs = {
+                "pixel_values": pixel_values,
+                "input_features": input_features,
+                "input_features_mask": input_features_mask,
+            }
+            media = media_batches(ids, self.placeholder_ids, dict(native.encoders.items()), inputs)
+        batch = rows.batch(ids, media, is_causal)
+        embeddings = native.embed(batch) if inputs_embeds is None else rows.pack(inputs_embeds)
+        padded = None if cache is None else PaddedCache(cache, rows)
+        with _block_outputs(native.trunk) if output_hidden_states else nullcontext([]) as states:
+            hidden = native.trunk(embeddings, native.positions(batch), batch.layout, padded)  # (T, D)
+        logits_to_keep = 0 if logits_to_keep is None and labels is None else logits_to_keep
+        return CausalLMOutputWithPast(
+            loss=None if labels is None else self._loss(native, rows, ids, hidden, labels, num_items_in_batch),
+            logits=None if logits_to_keep is None else self._logits(native, rows, hidden, logits_to_keep),
+            hidden_states=tuple(map(rows.unpack, (embeddings, *states[:-1], hidden))) if output_hidden_states else None,
+            **{_CACHE: cache},
+        )
+
+    def _logits(self, native: MmctxModel, rows: Rows, hidden: Tensor, keep: int | Tensor) -> Tensor:
+        """(B, K, V), in padding behind a row those of its last token, zeros before its first."""
+        columns = torch.arange(rows.shape[1], device=hidden.device)
+        kept = columns[keep.to(hidden.device)] if isinstance(keep, Tensor) else columns[-keep:]  # -0: all
+        last, real = rows.latest(kept)
+        logits = next_token_logits(native, hidden.index_select(0, last.flatten())).unflatten(0, last.shape)
+        return logits if rows.is_full else logits * real[..., None]
+
+    def _loss(
+        self, native: MmctxModel, rows: Rows, ids: Tensor, hidden: Tensor, labels: Tensor, count: Tensor | int | None
+    ) -> Tensor:
+        """Cross entropy of the next token of each row, in chunks: the logits never exist."""
+        targets = torch.full_like(ids, IGNORE_INDEX)
+        targets[:-1] = rows.pack(labels.to(ids.device))[1:]
+        ends = torch.tensor(rows.lengths, device=ids.device).cumsum(dim=0) - 1
+        targets[ends[ends >= 0]] = IGNORE_INDEX
+        for placeholder in self.placeholder_ids.values():
+            targets[targets == placeholder] = IGNORE_INDEX
+        places = (targets != IGNORE_INDEX).nonzero()[:, 0]
+        total = sum_of_losses(native, hidden.index_select(0, places), targets.index_select(0, places))
+        return total / (len(places) if count is None else count)
+
+    @property
+    def placeholder_ids(self) -> dict[str, int]:
+        """Modality -> the id that its slots hold, of those that the config tells."""
+        return {kind: self.config.special_tokens[kind] for kind in MODALITIES if kind in self.config.special_tokens}
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[Any, dict[str, Any]]:
+        """Beams and several answers: rows are repeated, and with each its own items, of which it may have any number."""
+        media = {name: model_kwargs.pop(name, None) for name in MEDIA_INPUTS}
+        if input_ids is not None and expand_size > 1:
+            media = self._repeat_media(input_ids, media, expand_size)
+        expand: Any = super()._expand_inputs_for_generation  # type: ignore[reportAttributeAccessIssue]
+        input_ids, model_kwargs = expand(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        return input_ids, model_kwargs | {name: value for name, value in media.items() if value is not None}
+
+    def _repeat_media(self, input_ids: Tensor, media: dict[str, Any], times: int) -> dict[str, Any]:
+        batches = media_batches(input_ids.flatten(), self.placeholder_ids, dict(self.native.encoders.items()), media)
+        found = dict(media)
+        for kind, names in {"image": MEDIA_INPUTS[:1], "audio": MEDIA_INPUTS[1:]}.items():
+            if kind not in batches:
+                continue
+            slots = (input_ids == self.placeholder_ids[kind]).sum(dim=1).tolist()
+            counts = items_by_row(slots, batches[kind].num_tokens)
+            of_rows = torch.arange(sum(counts), device=input_ids.device).split(counts)
+            order = torch.cat([items.repeat(times) for items in of_rows])
+            found |= {name: media[name][order] for name in names if media[name] is not None}
+        return found
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = None, every_n_layers: int = 1
+    ) -> None:
+        """Blocks are computed again by our own means, see `mmctx.activations`; reentrant checkpoints are not among them."""
+        self.gradient_checkpointing = enable
+        self.native.set_activations(ActivationsConfig(checkpoint="full" if enable else "none", every=every_n_layers))
+
+    def init_weights(self) -> None:
+        """Nothing is left to do: whoever builds the model draws its weights."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """See `init_weights`, and `_initialize_missing_keys` for what a folder lacks."""
+
+    def _move_missing_keys_from_meta_to_device(self, missing_keys: Any, *args: Any, **kwargs: Any) -> None:
+        self.__dict__["_missing"] = set(missing_keys)
+        super()._move_missing_keys_from_meta_to_device(missing_keys, *args, **kwargs)
+
+    def _initialize_missing_keys(self, *args: Any, **kwargs: Any) -> None:
+        """Models are built without memory before a folder's weights are read, so what no folder holds is computed here: constants of the
+        encoders, and fresh weights for parameters that it lacks."""
+        missing = self.__dict__.pop("_missing", set())
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            fresh = _build(self.config) if missing else None
+            encoders = fresh.encoders if fresh is not None else _build_encoders(self.config)
+        found = {f"encoders.{name}": value for name, value in encoders.named_buffers()}
+        found |= (
+            {name: value for name, value in fresh.named_parameters() if name in missing} if fresh is not None else {}
+        )
+        constants = {name for name, _ in self.named_non_persistent_buffers()}
+        with torch.no_grad():
+            for name in constants | missing:
+                place = self.get_parameter_or_buffer(name)
+                place.copy_(found[name].to(place.dtype))
+        for tensor in (*self.parameters(), *self.buffers()):
+            tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+        super()._initialize_missing_keys(*args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """From any checkpoint folder; see `PreTrainedModel.from_pretrained`."""
+        found = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = found[0] if isinstance(found, tuple) else found
+        generation, eos = model.generation_config, model.config.special_tokens.get("eos")
+        if generation.eos_token_id is None:  # checkpoints of earlier versions say nothing of generation
+            generation.eos_token_id = eos
+        if generation.pad_token_id is None:
+            generation.pad_token_id = eos
+        return found
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """See `MmctxConfig.register_for_auto_class`."""
+
+
+def _build(config: MmctxConfig) -> MmctxModel:
+    from mmctx.train.checkpoints.load import without_pretrained
+
+    return MmctxModel(without_pretrained(config.shape), config.objective_configs, config.vocab_size)
+
+
+def _build_encoders(config: MmctxConfig) -> nn.ModuleDict:
+    from mmctx.train.checkpoints.load import without_pretrained
+
+    shape = without_pretrained(config.shape)
+    return nn.ModuleDict(
+        {
+            kind: build(part, shape.transformer.width)
+            for kind, build in ENCODERS.items()
+            if (part := getattr(shape, kind)) is not None
+        }
+    )
+
+
+@contextmanager
+def _block_outputs(trunk: Any) -> Iterator[list[Tensor]]:
+    """A list that the trunk's blocks add their output to."""
+    states: list[Tensor] = []
+    hooks = [block.register_forward_hook(lambda *call: states.append(call[2])) for block in trunk.blocks]
+    try:
+        yield states
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,46 @@
+"""Checkpoints of tiny models with random weights, as the trainer writes them, and what they read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hf_folders import write_checkpoint
+from tiny import tiny_tree
+
+import mmctx.hf  # noqa: F401  tells Transformers' Auto classes
+
+UNTIED = {"tie_embeddings": False, "windows": [5, None], "norm": "layer", "qkv_bias": True}
+
+
+@pytest.fixture(scope="session")
+def make(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`make(transformer={...}, **sections)` writes a checkpoint."""
+
+    def build(transformer: dict[str, Any] | None = None, step: int = 1, **sections: Any) -> Path:
+        root = tmp_path_factory.mktemp("hf")
+        tree = tiny_tree(corpus, root)
+        tree["model"]["transformer"] |= transformer or {}
+        return write_checkpoint(tree | sections, root / "run", step)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def checkpoint(make: Callable[..., Path]) -> Path:
+    """Tied embeddings, grouped heads, RMSNorm. Not to be changed."""
+    return make()
+
+
+@pytest.fixture(scope="session")
+def untied(make: Callable[..., Path]) -> Path:
+    """An output head, a window in the first layer, LayerNorm, biases. Not to be changed."""
+    return make(UNTIED)
+
+
+@pytest.fixture(scope="session", params=["tied", "untied"])
+def either(request: pytest.FixtureRequest, checkpoint: Path, untied: Path) -> Path:
+    """Both, in turn."""
+    return checkpoint if request.param == "tied" else untied

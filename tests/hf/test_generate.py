@@ -1,0 +1,260 @@
+"""Generation: Transformers' loop and caches over our trunk, against the whole document computed anew for each token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tiny import flac, png
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoProcessor, TextIteratorStreamer
+
+from mmctx.hf import MmctxForConditionalGeneration, MmctxProcessor
+from mmctx.pack import Document, pack_documents
+
+NEW = 7
+TEXTS = [
+    "red <|image|> cat <|audio|>",
+    "<|image|>",
+    "a tall green tree and a small blue",
+    "<|image|>and<|image|> is <|audio|>",
+]
+IMAGES, CLIPS = [png(n) for n in range(4)], [flac(0, 0.4), flac(1, 0.25)]
+
+
+@pytest.fixture(scope="module")
+def parts(either: Path) -> tuple[MmctxForConditionalGeneration, MmctxProcessor]:
+    return AutoModelForCausalLM.from_pretrained(either), AutoProcessor.from_pretrained(either)
+
+
+def read_all(processor: MmctxProcessor, side: str = "left") -> Any:
+    return processor(images=IMAGES, text=TEXTS, audio=CLIPS, padding_side=side)
+
+
+def read_each(processor: MmctxProcessor) -> list[Any]:
+    found, images, clips = [], list(IMAGES), list(CLIPS)
+    for text in TEXTS:
+        own = (
+            [images.pop(0) for _ in range(text.count("<|image|>"))],
+            [clips.pop(0) for _ in range(text.count("<|audio|>"))],
+        )
+        found.append(processor(images=own[0] or None, text=text, audio=own[1] or None))
+    return found
+
+
+def answers(model: MmctxForConditionalGeneration, found: Tensor, prompt: int) -> list[list[int]]:
+    """New tokens, cut at their end."""
+    eos = model.config.special_tokens["eos"]
+    rows = found[:, prompt:].tolist()
+    return [row[: row.index(eos)] if eos in row else row for row in rows]
+
+
+@torch.no_grad()
+def slowly(model: MmctxForConditionalGeneration, inputs: Any, count: int) -> list[int]:
+    """The likeliest tokens, by the native model and a document of `mmctx.pack`, which is read from its start for every token."""
+    media, at, pictures = [], 0, list(inputs.get("pixel_values", []))
+    clips = [
+        clip[mask.bool()]
+        for clip, mask in zip(inputs.get("input_features", []), inputs.get("input_features_mask", []), strict=True)
+    ]
+    ids = inputs["input_ids"][0].tolist()
+    names = {number: kind for kind, number in model.placeholder_ids.items()}
+    from mmctx.pack import MediaItem
+
+    while at < len(ids):
+        if (kind := names.get(ids[at])) is None:
+            at += 1
+            continue
+        values = (pictures if kind == "image" else clips).pop(0)
+        item = MediaItem(
+            kind, values, 4 if kind == "image" else -(-len(values) // model.config.shape.audio.frames_per_token)
+        )
+        media.append((at, item))
+        at += item.num_tokens
+    native, new = model.native, []
+    for _ in range(count):
+        import numpy as np
+
+        whole = np.array(ids + new)
+        document = Document("", whole, np.full_like(whole, -100), causal=True, media=tuple(media))
+        hidden = native.encode(pack_documents([document], model.placeholder_ids))
+        new.append(int(native.next_token_logits(hidden[-1:]).argmax()))
+        if new[-1] == model.config.special_tokens["eos"]:
+            return new[:-1]
+    return new
+
+
+def test_greedy_equals_decoding_without_a_cache(parts: Any) -> None:
+    model, processor = parts
+    want = [slowly(model, inputs, NEW) for inputs in read_each(processor)]
+    assert len({tuple(ids) for ids in want}) > 2  # they do say different things
+    single = [
+        answers(model, model.generate(**inputs, max_new_tokens=NEW), inputs["input_ids"].shape[1])[0]
+        for inputs in read_each(processor)
+    ]
+    assert single == want
+    for side in ("left", "right"):
+        inputs = read_all(processor, side)
+        assert not inputs["attention_mask"].all()
+        found = model.generate(**inputs, max_new_tokens=NEW)
+        assert answers(model, found, inputs["input_ids"].shape[1]) == want
+    inputs = read_all(processor)
+    without = model.generate(**inputs, max_new_tokens=NEW, use_cache=False)
+    assert answers(model, without, inputs["input_ids"].shape[1]) == want
+
+
+def test_beams_of_a_batch_are_those_of_each_prompt(parts: Any) -> None:
+    model, processor = parts
+    beams = {
+        "num_beams": 3,
+        "num_return_sequences": 2,
+        "max_new_tokens": NEW,
+        "output_scores": True,
+        "return_dict_in_generate": True,
+    }
+    inputs = read_all(processor)
+    together = model.generate(**inputs, **beams)
+    found = answers(model, together.sequences, inputs["input_ids"].shape[1])
+    for number, alone in enumerate(read_each(processor)):
+        one = model.generate(**alone, **beams)
+        assert found[2 * number : 2 * number + 2] == answers(model, one.sequences, alone["input_ids"].shape[1])
+        torch.testing.assert_close(
+            together.sequences_scores[2 * number : 2 * number + 2], one.sequences_scores, atol=1e-4, rtol=1e-4
+        )
+        assert one.sequences_scores[0] > one.sequences_scores[1]
+
+
+def test_scores_of_beams_are_log_probabilities(parts: Any) -> None:
+    model, processor = parts
+    alone = read_each(processor)[0]
+    one = model.generate(
+        **alone, num_beams=3, max_new_tokens=NEW, length_penalty=0.0, output_scores=True, return_dict_in_generate=True
+    )
+    start = alone["input_ids"].shape[1]
+    with torch.no_grad():
+        logits = model(**(alone | {"input_ids": one.sequences, "attention_mask": None})).logits[0, start - 1 : -1]
+    new = one.sequences[0, start:]
+    log_probs = logits.log_softmax(dim=-1).gather(1, new[:, None])[:, 0]
+    ended = (new == model.config.special_tokens["eos"]).nonzero()
+    count = int(ended[0]) + 1 if len(ended) else len(new)
+    torch.testing.assert_close(one.sequences_scores[0], log_probs[:count].sum(), atol=1e-4, rtol=1e-4)
+
+
+def test_sampling_draws_from_the_models_distribution(parts: Any) -> None:
+    model, processor = parts
+    inputs = read_each(processor)[1]
+    torch.manual_seed(0)
+    drawn = model.generate(
+        **inputs, do_sample=True, temperature=0.7, top_k=0, max_new_tokens=1, num_return_sequences=2000
+    )[:, -1]
+    with torch.no_grad():
+        expected = (model(**inputs).logits[0, -1] / 0.7).softmax(dim=-1)
+    shares = torch.bincount(drawn, minlength=len(expected)) / len(drawn)
+    assert (shares - expected).abs().sum() / 2 < 0.15  # total variation
+    torch.manual_seed(1)
+    few = model.generate(**inputs, do_sample=True, top_p=0.2, max_new_tokens=NEW, num_return_sequences=3)
+    assert few.shape[0] == 3
+
+
+def test_texts_are_streamed(parts: Any) -> None:
+    model, processor = parts
+    inputs = read_each(processor)[0]
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    found = model.generate(**inputs, max_new_tokens=NEW, streamer=streamer)
+    whole = processor.tokenizer.decode(found[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert "".join(streamer) == whole != ""
+
+
+def test_a_conversation_goes_on_with_its_cache(parts: Any) -> None:
+    model, processor = parts
+    inputs = read_all(processor)
+    first = model.generate(**inputs, max_new_tokens=3, return_dict_in_generate=True, eos_token_id=-1)
+    cache = first["cache" if "cache" in first else "past_key_values"]
+    more = torch.tensor([[20, 21, 22, 23]]).expand(len(TEXTS), -1)
+    ids = torch.cat([first.sequences, more], dim=1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(len(TEXTS), 7, dtype=torch.int64)], dim=1)
+    went_on = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=4, eos_token_id=-1)
+    media = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
+    anew = model.generate(ids, attention_mask=mask, **media, max_new_tokens=4, eos_token_id=-1)
+    assert went_on.tolist() == anew.tolist()
+
+
+@pytest.mark.parametrize("tile", [1, 1 << 22])
+def test_many_tokens_behind_a_filled_cache(parts: Any, monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
+    from transformers import DynamicCache
+
+    model, processor = parts
+    monkeypatch.setattr("mmctx.hf.cache._SCORES", tile)
+    inputs = read_all(processor)
+    want = model(**inputs, output_hidden_states=True)
+    cache, columns, states = DynamicCache(config=model.config), inputs["input_ids"].shape[1], []
+    media = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
+    embeds = want.hidden_states[0]
+    for start, stop in ((0, columns - 9), (columns - 9, columns - 2), (columns - 2, columns)):
+        mask = inputs["attention_mask"][:, :stop]
+        found = model(inputs_embeds=embeds[:, start:stop], attention_mask=mask, past_key_values=cache)
+        states.append(found.logits)
+    assert media
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(torch.cat(states, dim=1)[real], want.logits[real], atol=1e-4, rtol=1e-4)
+
+
+def test_no_row_sees_another(parts: Any) -> None:
+    model, processor = parts
+    with torch.no_grad():
+        inputs = read_all(processor)
+        before = model(**inputs).logits
+        changed = {name: value.clone() for name, value in inputs.items()}
+        changed["input_ids"][2, -1] += 1
+        changed["pixel_values"][1] = 255 - changed["pixel_values"][1]  # of row 1
+        changed["input_ids"][changed["attention_mask"] == 0] = 77  # padding is nobody's
+        after = model(**changed).logits
+    assert torch.equal(before[[0, 3]], after[[0, 3]])
+    assert (before[[1, 2], -1] != after[[1, 2], -1]).any(dim=-1).all()
+
+
+def test_logits_where_asked(parts: Any) -> None:
+    model, processor = parts
+    for side in ("left", "right"):
+        inputs = read_all(processor, side)
+        with torch.no_grad():
+            every = model(**inputs).logits
+            last, some = (model(**inputs, logits_to_keep=keep).logits for keep in (2, torch.tensor([0, 3])))
+        assert every.shape == (*inputs["input_ids"].shape, model.config.vocab_size)
+        assert torch.equal(last, every[:, -2:])
+        assert torch.equal(some, every[:, [0, 3]])
+        for row, alone in enumerate(read_each(processor)):
+            want = model(**alone).logits[0]
+            torch.testing.assert_close(every[row][inputs["attention_mask"][row].bool()], want, atol=1e-4, rtol=1e-4)
+            if side == "right":
+                torch.testing.assert_close(every[row, -1], want[-1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"pixel_values": None}, ("16 image placeholders", "0 image items")),
+        ({"attention_mask": torch.ones(4, 3)}, ("(4, 3)", "one number a token")),
+        ({"output_attentions": True}, ("output_attentions",)),
+        ({"inputs_embeds": torch.zeros(4, 3, 32)}, ("either input_ids or inputs_embeds",)),
+    ],
+)
+def test_what_does_not_fit_is_refused(parts: Any, change: dict[str, Any], words: Sequence[str]) -> None:
+    from mmctx.errors import MmctxError
+
+    model, processor = parts
+    with pytest.raises(MmctxError) as error:
+        model(**(dict(read_all(processor)) | change))
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_pillow_pictures_are_read_as_files_are(parts: Any, tmp_path: Path) -> None:
+    _, processor = parts
+    (tmp_path / "a.png").write_bytes(png(1))
+    from_file = processor(images=tmp_path / "a.png")
+    for other in (Image.open(tmp_path / "a.png"), str(tmp_path / "a.png"), png(1), {"bytes": png(1)}):
+        assert torch.equal(processor(images=other)["pixel_values"], from_file["pixel_values"])
