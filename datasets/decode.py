@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import soundfile
@@ -75,7 +75,7 @@ def decode_sample(
             raise SampleError(error.reason, f"{segment.value}: {error.detail}") from None
 
     if segments is not None:
-        return _document(segments, tokenizer, make, Sample(key=raw.key, source=source, uid=uid))
+        return _document(segments, tokenizer, make, Sample(key=raw.key, source=source, uid=uid, facts=_facts(document)))
 
     ids = tuple(_encode(entry, read_text(entry, raw.members, document), tokenizer) for entry in texts)
     items = {segment.kind: item for segment in media if (item := make(segment)) is not None}
@@ -83,7 +83,22 @@ def decode_sample(
         raise SampleError(
             "empty", f"no media and none of the texts {', '.join(texts)}; members: {', '.join(raw.members)}"
         )
-    return Sample(key=raw.key, source=source, uid=uid, texts=ids, image=items.get("image"), audio=items.get("audio"))
+    return Sample(
+        key=raw.key,
+        source=source,
+        uid=uid,
+        texts=ids,
+        image=items.get("image"),
+        audio=items.get("audio"),
+        facts=_facts(document),
+    )
+
+
+def _facts(document: Any) -> Any:
+    """What the json member says beside the document itself."""
+    if not isinstance(document, dict):
+        return document
+    return {name: value for name, value in document.items() if name not in ("segments", "messages")}
 
 
 def _document(

@@ -114,6 +114,11 @@ class RunConfig(StrictModel):
             raise ValueError(
                 f"train.sequence_parallel={ranks} may cut a picture in two, and picture_positions: grid needs it whole; use sequence"
             )
+        for name, objective in self.objectives.items():
+            if ranks > 1 and objective.kind in ("classification", "regression") and objective.pooling == "mean":
+                raise ValueError(
+                    f"objectives.{name}.pooling: mean needs whole documents, and train.sequence_parallel={ranks} cuts them; use token"
+                )
         if self.train.audit and self.train.distribution.kind == "fsdp2":
             raise ValueError(
                 "train.audit looks at whole models, and train.distribution.kind: fsdp2 splits them; run `mmctx audit CONFIG` instead"
