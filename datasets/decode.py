@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +62,7 @@ def decode_sample(
         SampleError: the sample cannot be used, for the reasons in `contents.REASONS` or those of the preprocessors.
     """
     document = parse_json(raw.members)
-    segments = parse_segments(document)
+    segments = parse_segments(document, tokenizer.chat)
     media = media_of(raw.members, segments)
 
     def make(segment: Segment) -> MediaItem | None:
@@ -105,9 +105,9 @@ def _document(
     segments: Sequence[Segment], tokenizer: TextTokenizer, make: Callable[[Segment], MediaItem | None], sample: Sample
 ) -> Sample:
     """`sample` with its segments tokenized and decoded. A member that several segments show is decoded, and later encoded, once."""
-    texts = iter(tokenizer.encode_many([s.value for s in segments if s.kind == "text"]))
+    texts = _encode_segments(segments, tokenizer)
     shown = {s.value: make(s) for s in segments if s.kind != "text"}
-    parts = [(next(texts) if s.kind == "text" else shown[s.value], s.learned) for s in segments]
+    parts = [(next(texts[s.control]) if s.kind == "text" else shown[s.value], s.learned) for s in segments]
     kept = [
         (part, learned) for part, learned in parts if isinstance(part, MediaItem) or (part is not None and len(part))
     ]
@@ -115,6 +115,15 @@ def _document(
         raise SampleError("empty", f"{len(segments)} segments hold neither tokens nor media")
     learned = None if all(s.learned for s in segments) else tuple(flag for _, flag in kept)
     return replace(sample, segments=tuple(part for part, _ in kept), learned=learned)
+
+
+def _encode_segments(segments: Sequence[Segment], tokenizer: TextTokenizer) -> dict[bool, Iterator[np.ndarray]]:
+    """Ids of all texts in their order: of those that people wrote, and of those that are a chat template's."""
+    kinds = {False: tokenizer.encode_many, True: tokenizer.encode_control}
+    return {
+        control: iter(encode([s.value for s in segments if s.kind == "text" and s.control is control]))
+        for control, encode in kinds.items()
+    }
 
 
 def _encode(entry: str, text: str | None, tokenizer: TextTokenizer) -> np.ndarray | None:
