@@ -21,6 +21,10 @@ def check_tuning(config: RunConfig) -> None:
     train, kind = config.train, config.train.tune.kind
     if kind == "full":
         return
+    if train.init is None and getattr(config.model.transformer, "pretrained", None) is None:
+        raise ValueError(
+            f"train.tune.kind: {kind} trains a little beside frozen weights that nothing has trained; set train.init to a checkpoint"
+        )
     if train.tune.kind == "prefix" and train.sequence_parallel > 1:
         raise ValueError(
             f"train.tune.kind: prefix puts tokens in front of whole documents, and train.sequence_parallel={train.sequence_parallel} cuts "

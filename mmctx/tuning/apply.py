@@ -84,7 +84,7 @@ def find_targets(model: nn.Module, targets: tuple[str, ...] | None) -> list[str]
     ]
     chosen: dict[str, None] = {}
     for target in targets or ("trunk",):
-        found = [name for name in linear if f".{name}".endswith(f".{target}") or name.startswith(f"{target}.")]
+        found = [name for name in linear if f".{target}." in f".{name}."]
         if not found:
             shown = ", ".join(dict.fromkeys(".".join(name.split(".")[-2:]) for name in linear))
             raise ConfigError(f"train.tune.targets: no linear layer is named {target!r}; there are {shown}")

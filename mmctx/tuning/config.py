@@ -26,8 +26,8 @@ class FullTuning(StrictModel):
 
 class _OnLayers(StrictModel):
     targets: tuple[str, ...] | None = Field(default=None, min_length=1)
-    """Linear layers, by the ends of their paths, such as `attention.qkv`, or all below a module, such as `encoders.image`; null for all of
-    the trunk."""
+    """Linear layers, by any part of their paths, such as `attention.qkv`, or `encoders.image` for all below it; null for those of the
+    trunk."""
 
 
 class LoraTuning(_OnLayers):
