@@ -35,10 +35,11 @@ def check_tuning(config: RunConfig) -> None:
             raise ValueError(
                 "train.tune.kind: adalora ranks the entries of all layers, which train.distribution.kind: fsdp2 splits; use ddp, or lora"
             )
-        steps = config.train.steps if config.schedule == () else None
+        steps = config.steps if config.schedule else config.train.steps
         if steps is not None and train.tune.start + train.tune.settle >= steps:
             raise ValueError(
-                f"train.tune.start={train.tune.start} and settle={train.tune.settle} leave none of train.steps={steps} to choose ranks in"
+                f"train.tune.start={train.tune.start} and settle={train.tune.settle} leave none of the run's {steps} steps to choose "
+                "ranks in"
             )
 
 
