@@ -21,7 +21,7 @@ def check_tuning(config: RunConfig) -> None:
     train, kind = config.train, config.train.tune.kind
     if kind == "full":
         return
-    if train.init is None and getattr(config.model.transformer, "pretrained", None) is None:
+    if train.init is None and config.model.transformer.pretrained is None:
         raise ValueError(
             f"train.tune.kind: {kind} trains a little beside frozen weights that nothing has trained; set train.init to a checkpoint"
         )
@@ -30,6 +30,14 @@ def check_tuning(config: RunConfig) -> None:
             f"train.tune.kind: prefix puts tokens in front of whole documents, and train.sequence_parallel={train.sequence_parallel} cuts "
             "them; use lora, or sequence_parallel=1"
         )
+    positions = config.model.transformer.learned_positions
+    if train.tune.kind == "prefix" and positions is not None:
+        needed = config.data.context_length + train.tune.num_tokens
+        if needed > positions:
+            raise ValueError(
+                f"train.tune.num_tokens={train.tune.num_tokens} before data.context_length={config.data.context_length} tokens need "
+                f"{needed} positions, and model.transformer.learned_positions is {positions}; lower context_length"
+            )
     if train.tune.kind == "adalora":
         if train.distribution.kind == "fsdp2":
             raise ValueError(
