@@ -153,7 +153,9 @@ class Rotary:
     """The angles of one `RopeConfig`. No module and no buffers: `model.bfloat16()` must not round the frequencies."""
 
     def __init__(self, config: RopeConfig, head_dim: int) -> None:
-        with torch.device("cpu"):  # no weights: a model that is built without memory, on the meta device, must still have them
+        with torch.device(
+            "cpu"
+        ):  # no weights: a model that is built without memory, on the meta device, must still have them
             self.frequencies, self.scale = rope_frequencies(config, head_dim)
             self.axes = torch.tensor([AXES[number % len(AXES)] for number in range(head_dim // 2)])
         self._on_device: dict[torch.device, tuple[Tensor, Tensor]] = {}

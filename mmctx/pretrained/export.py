@@ -15,6 +15,7 @@ from mmctx.model import MmctxModel
 from mmctx.pretrained.shape import FAMILIES
 from mmctx.pretrained.trunk import export_trunk
 from mmctx.tokenizer import TextTokenizer
+from mmctx.tuning import merge
 
 _TOKENS = 64
 
@@ -36,8 +37,9 @@ def export(
         `largest_logit` and `largest_difference` of the logits.
 
     Raises:
-        ConfigError: see `export_trunk`.
+        ConfigError: see `export_trunk`; or the model is tuned by what cannot be merged.
     """
+    merge(model)
     export_trunk(model, folder, to, context_length=context_length, eos_token_id=tokenizer.eos_id)
     tokenizer.save(folder)
     theirs = _load(folder, to)
