@@ -15,6 +15,7 @@ from mmctx.datasets.planning.plan import Plan
 from mmctx.errors import ConfigError, DataError, MmctxError
 from mmctx.eval.report.run import is_run, read_run
 from mmctx.eval.results import add_results
+from mmctx.memory.encoders.base import Encoder, fingerprint_files
 from mmctx.model import MmctxModel
 from mmctx.pack import PackedBatch
 from mmctx.train.audit import audit
@@ -116,6 +117,35 @@ def report(*runs: str | Path, out: str | Path | None = None) -> Path:
         batch = BatchToDraw(packed, config.data.bin_tokens)
     write_page(path, render_page(found, held_out, batch))
     return path
+
+
+def open_encoder(name: str, objective: str | None = None) -> Encoder:
+    """An encoder for a knowledge store.
+
+    Args:
+        name: a checkpoint or run folder, whose similarity head embeds; `transformers:FOLDER`; or `open_clip:ARCHITECTURE@WEIGHTS`.
+        objective: which similarity objective of the run; its first by default.
+
+    Raises:
+        ConfigError: there is no such encoder, or the run has no similarity objective.
+        CheckpointError: there is no whole checkpoint.
+    """
+    library, colon, model = name.partition(":")
+    if colon and library == "transformers":
+        from mmctx.memory.encoders.transformers import TransformersEncoder
+
+        return TransformersEncoder(model, name)
+    if colon and library == "open_clip":
+        from mmctx.memory.encoders.open_clip import OpenClipEncoder
+
+        return OpenClipEncoder(model, name)
+    from mmctx.memory.encoders.checkpoint import CheckpointEncoder
+
+    folder = resolve_checkpoint(Path(name))
+    opened, tokenizer, config = read_model(folder)
+    parts = [tokenizer.definition, config.model.model_dump_json()]
+    weights = fingerprint_files([folder / "model.safetensors"], "\0".join(parts))
+    return CheckpointEncoder(opened, tokenizer, config, name=name, fingerprint=weights, objective=objective)
 
 
 def _named(folders: Sequence[Path]) -> dict[str, Path]:
@@ -241,6 +271,7 @@ __all__ = [
     "evaluate",
     "load_config",
     "load_model",
+    "open_encoder",
     "recall_curve",
     "report",
     "train",

@@ -90,7 +90,11 @@ def embed_documents(
 
 
 def embed_with(
-    model: MmctxModel, objective: str, documents: list[Document], placeholder_ids: Mapping[str, int], device: torch.device
+    model: MmctxModel,
+    objective: str,
+    documents: list[Document],
+    placeholder_ids: Mapping[str, int],
+    device: torch.device,
 ) -> list[tuple[str, np.ndarray, list[int]]]:
     """(view, (n, E) float32, samples) of each view in some documents, by one `similarity` head of a model that lies on `device`."""
     head: Any = model.objectives[objective]

@@ -20,17 +20,21 @@ class Part:
         kind: what it is.
         text: of a text.
         media: bytes of a picture or clip, as a shard holds them.
-        path: where they lie, if the store is not to keep the bytes: a file, or `SHARD#KEY.EXTENSION`.
+        path: where they lie, if the store is not to keep the bytes: `SHARD#KEY.EXTENSION`.
+        named: `content`, where it is known without the bytes.
     """
 
     kind: Kind
     text: str | None = None
     media: bytes | None = None
     path: str | None = None
+    named: str = ""
 
     @property
     def content(self) -> str:
         """16 hexadecimal digits that name what it shows, wherever it lies."""
+        if self.named:
+            return self.named
         shown = self.media if self.text is None else self.text.encode("utf-8", "surrogatepass")
         return hashlib.blake2b(self.kind.encode() + b"\0" + (shown or b""), digest_size=8).hexdigest()
 

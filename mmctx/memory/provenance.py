@@ -24,6 +24,7 @@ class Provenance:
         dim: of its vectors.
         kinds: what it can embed.
         normalisation: of its vectors; `l2`: unit length, so that dot products are cosines.
+        head: of a run: its similarity objective.
     """
 
     encoder: str
@@ -31,6 +32,7 @@ class Provenance:
     dim: int
     kinds: tuple[Kind, ...]
     normalisation: str = "l2"
+    head: str | None = None
 
     def metadata(self) -> dict[bytes, bytes]:
         """As the schema of the table holds it: written in one go with the table, and carried along by every version."""
@@ -44,11 +46,16 @@ class Provenance:
             DataError: another program made the table, or a newer mmctx.
         """
         if not metadata or _KEY not in metadata:
-            raise DataError(f"{path}: a LanceDB table, but no store of mmctx: its schema does not say which encoder made it")
+            raise DataError(
+                f"{path}: a LanceDB table, but no store of mmctx: its schema does not say which encoder made it"
+            )
         about: dict[str, Any] = json.loads(metadata[_KEY])
         if (found := about.pop("format")) != _FORMAT:
-            raise DataError(f"{path}: format {found}, this mmctx reads {_FORMAT}; build it again with `mmctx memory build`")
-        return cls(**about | {"kinds": tuple(about["kinds"])})
+            raise DataError(
+                f"{path}: format {found}, this mmctx reads {_FORMAT}; build it again with `mmctx memory build`"
+            )
+        about["kinds"] = tuple(about["kinds"])
+        return cls(**about)
 
     def check(self, other: Provenance, path: Path) -> None:
         """That `other` is the encoder of this store.
@@ -56,9 +63,7 @@ class Provenance:
         Raises:
             DataError: it is another one; both are named.
         """
-        pairs = {
-            name: (getattr(self, name), getattr(other, name)) for name in ("fingerprint", "dim", "normalisation")
-        }
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in ("fingerprint", "dim", "normalisation")}
         if differ := {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}:
             said = "; ".join(f"{name} {ours} against {theirs}" for name, (ours, theirs) in differ.items())
             raise DataError(

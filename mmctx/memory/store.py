@@ -42,7 +42,9 @@ class Store:
         try:
             self._table = lancedb().connect(str(path)).open_table(TABLE)
         except (ValueError, FileNotFoundError):
-            raise DataError(f"{path}: holds no knowledge store; make one by `mmctx memory build {path} INPUTS`") from None
+            raise DataError(
+                f"{path}: holds no knowledge store; make one by `mmctx memory build {path} INPUTS`"
+            ) from None
         self.provenance = Provenance.of(self._table.schema.metadata, path)
         if pinned:
             self._table.checkout(self._table.version)
@@ -147,7 +149,9 @@ class Store:
             present = self._fresh().search().to_batches()
             connection = lancedb().connect(str(self.path))
             schema = rows_module.schema(self.provenance)
-            self._table = connection.create_table(TABLE, present, schema=schema, mode="overwrite", on_bad_vectors="null")
+            self._table = connection.create_table(
+                TABLE, present, schema=schema, mode="overwrite", on_bad_vectors="null"
+            )
             self._index.forget()
             self._tidy(timedelta(0))
 

@@ -15,8 +15,8 @@ from mmctx.memory.entries import Document, Part, Triple
 from mmctx.memory.provenance import Provenance
 
 TABLE = "entries"
-COLUMNS = ("id", "part", "kind", "text", "media", "path", "subject", "relation", "object", "facts", "source")
-"""All but `content`, `shown`, `digest` and `vector`: what a document is made of again."""
+COLUMNS = ("id", "part", "kind", "text", "media", "path", "subject", "relation", "object", "facts", "source", "content")
+"""All but `shown`, `digest` and `vector`: what a document is made of again."""
 
 
 def lancedb() -> ModuleType:
@@ -84,7 +84,7 @@ def documents_of(found: Iterable[dict[str, Any]]) -> list[Document]:
     documents = []
     for id, group in groupby(ordered, key=lambda row: row["id"]):
         mine = list(group)
-        parts = tuple(Part(row["kind"], row["text"], row["media"], row["path"]) for row in mine)
+        parts = tuple(Part(*(row[name] for name in ("kind", "text", "media", "path", "content"))) for row in mine)
         first = mine[0]
         triple = None if first["subject"] is None else Triple(first["subject"], first["relation"], first["object"])
         documents.append(Document(id, parts, json.loads(first["facts"]), first["source"], triple))

@@ -1,0 +1,116 @@
+"""A run's own similarity head as the encoder of a store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from mmctx.datasets.assemble import build_preprocessors
+from mmctx.datasets.decode import decode_audio, decode_image
+from mmctx.errors import ConfigError, SampleError
+from mmctx.eval.documents import grouped
+from mmctx.eval.views import embed_with
+from mmctx.memory.entries import KINDS, Kind
+from mmctx.memory.provenance import Provenance
+from mmctx.objectives import build_data_halves
+from mmctx.pack import Document, MediaItem
+from mmctx.sample import Sample
+
+if TYPE_CHECKING:
+    from mmctx.model import MmctxModel
+    from mmctx.tokenizer import TextTokenizer
+    from mmctx.train.config import RunConfig
+
+
+class CheckpointEncoder:
+    """Embeds as the suite `retrieval` does: every part is a document of its own view. Texts beyond the context are cut off.
+
+    Args:
+        model: in evaluation mode; moved to the GPU if there is one.
+        tokenizer: the checkpoint's own.
+        config: of its run.
+        name: how the checkpoint was named.
+        fingerprint: names its weights.
+        objective: of the kind `similarity`; the first by default.
+
+    Raises:
+        ConfigError: the run has no such objective.
+    """
+
+    def __init__(
+        self,
+        model: MmctxModel,
+        tokenizer: TextTokenizer,
+        config: RunConfig,
+        *,
+        name: str,
+        fingerprint: str,
+        objective: str | None = None,
+    ) -> None:
+        known = [own for own, settings in config.objectives.items() if settings.kind == "similarity"]
+        if not known or (objective is not None and objective not in known):
+            there = f"it has {', '.join(known)}" if known else "it has none"
+            raise ConfigError(
+                f"{name}: an encoder needs an objective of the kind similarity{f' named {objective!r}' if objective else ''}, {there}; "
+                "train with one, or name another encoder"
+            )
+        self.objective = objective or known[0]
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model, self.tokenizer = model.to(self.device), tokenizer
+        self._bf16 = config.train.precision == "bf16"
+        self._half: Any = build_data_halves(config.objectives, tokenizer)[self.objective]
+        self._media = build_preprocessors(config.model)
+        self._context, self._bin = config.data.context_length, config.data.bin_tokens
+        self._views = _views(self._half.config.views, self._media)
+        dim = self._half.config.dim or config.model.transformer.width
+        about = f"{fingerprint}-{self.objective}"
+        kinds: tuple[Kind, ...] = tuple(kind for kind in KINDS if kind in self._views)
+        self.provenance = Provenance(name, about, dim, kinds, head=self.objective)
+
+    def prepare(self, kind: Kind, value: str | bytes) -> tuple[Kind, Any]:
+        """See `Encoder`."""
+        if isinstance(value, str):
+            ids = self.tokenizer.encode(value)[: self._half.room(self._context)]
+            if not len(ids):
+                raise SampleError("empty", f"the tokenizer makes 0 tokens of {value[:40]!r}")
+            return kind, ids
+        if kind == "image":
+            assert self._media.image is not None
+            return kind, self._media.image(decode_image(value))
+        assert self._media.audio is not None
+        item = self._media.audio(*decode_audio(value))
+        if item.num_tokens > self._half.room(self._context):
+            raise SampleError(
+                "over_long",
+                f"a clip of {item.num_tokens} tokens, the checkpoint's context has {self._context}; cut it up",
+            )
+        return kind, item
+
+    def embed(self, prepared: Sequence[tuple[Kind, Any]]) -> np.ndarray:
+        """See `Encoder`."""
+        documents = [self._document(number, entry) for number, entry in enumerate(prepared)]
+        vectors = np.zeros((len(documents), self.provenance.dim), np.float32)
+        for group in grouped(documents, [len(document.input_ids) for document in documents], self._bin):
+            with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
+                for _, embedded, numbers in embed_with(
+                    self.model, self.objective, group, self.tokenizer.placeholder_ids, self.device
+                ):
+                    vectors[numbers] = embedded
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)  # bf16 products leave them a little off
+
+    def _document(self, number: int, entry: tuple[Kind, np.ndarray | MediaItem]) -> Document:
+        kind, part = entry
+        return self._half.view_document(Sample("", "", number), self._views[kind], part)
+
+
+def _views(views: Sequence[str], media: Any) -> dict[Kind, str]:
+    """Kind -> the objective's view of it, of those that the model has an encoder for."""
+    found: dict[Kind, str] = {}
+    for view in views:
+        kind: Kind = view if view in ("image", "audio") else "text"  # type: ignore[assignment]
+        if kind == "text" or getattr(media, kind) is not None:
+            found.setdefault(kind, view)
+    return found
