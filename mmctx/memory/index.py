@@ -43,12 +43,12 @@ class Index:
         return {}
 
     def tuned(self, request: Any) -> Any:
-        """A LanceDB query that visits as many clusters as were found to be enough."""
+        """A LanceDB query that visits as many clusters as were found to be enough; an exact one where that was not measured."""
         about = self.about()
-        return _tuned(request, about["kind"], about["probes"]) if about else request
+        return _tuned(request, about["kind"], about["probes"]) if about else request.bypass_vector_index()
 
     def forget(self) -> None:
-        """Search exactly from now on: the rows were written anew."""
+        """Search exactly from now on: while an index is made anew, or because the rows were written anew."""
         self._file.unlink(missing_ok=True)
 
     def build(self, kind: str, wanted: float) -> dict[str, Any]:
@@ -70,6 +70,7 @@ class Index:
             return {}
         from lancedb.index import IvfFlat, IvfHnswSq
 
+        self.forget()
         partitions = max(1, round(count**0.5)) if kind == "ivf" else max(1, count // 50_000)
         config = (IvfFlat if kind == "ivf" else IvfHnswSq)(distance_type="dot", num_partitions=partitions)
         self._table.create_index("vector", config=config, replace=True)

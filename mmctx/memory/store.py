@@ -40,6 +40,8 @@ class Store:
     def __init__(self, path: Path, *, pinned: bool = False, timeout: float = 60.0) -> None:
         self.path, self.timeout, self._pinned = path, timeout, pinned
         try:
+            if not path.is_dir():  # LanceDB would make it
+                raise FileNotFoundError
             self._table = lancedb().connect(str(path)).open_table(TABLE)
         except (ValueError, FileNotFoundError):
             raise DataError(
