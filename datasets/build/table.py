@@ -96,11 +96,16 @@ def build_table(
 
 
 def table_source(
-    sources: Sequence[Path], chosen: Columns | None = None, *, media_root: Path | None = None, quotes: bool = True
+    sources: Sequence[Path],
+    chosen: Columns | None = None,
+    *,
+    media_root: Path | None = None,
+    quotes: bool = True,
+    present: Sequence[str] | None = None,
 ) -> Source:
-    """The samples of tables, see `build_table`."""
+    """The samples of tables, see `build_table`; `present`: columns there are, if not those of the first row."""
     paths = find_tables(sources)
-    chosen = with_hf_types(chosen or Columns(), paths[0]).check(columns(paths[0], quotes), str(paths[0]))
+    chosen = with_hf_types(chosen or Columns(), paths[0]).check(present or columns(paths[0], quotes), str(paths[0]))
 
     prefixes = key_prefixes(paths)
 

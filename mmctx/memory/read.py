@@ -11,7 +11,7 @@ from typing import Any
 
 from mmctx.datasets.build.folder import folder_source
 from mmctx.datasets.build.members import LeftOut
-from mmctx.datasets.build.rows import table_suffix
+from mmctx.datasets.build.rows import columns, read_rows, table_suffix
 from mmctx.datasets.build.stream import ordered_map
 from mmctx.datasets.build.table import Columns, table_source
 from mmctx.datasets.build.writer import Source as BuildSource
@@ -31,7 +31,7 @@ class Inputs:
     Args:
         where: a pattern of shards, a folder of files, or a table; see `mmctx data build folder` and `table` for their shapes.
         texts: of shards: members that hold texts, as in a run's config.
-        columns: of tables; the usual names by default, and `id` names the documents.
+        chosen: columns of tables; the usual names by default, and `id` names the documents.
         by_path: keep where media lie instead of their bytes (shards only: `SHARD#KEY.EXTENSION`).
         prefix: what ids begin with, to tell inputs with equal keys apart.
 
@@ -44,7 +44,7 @@ class Inputs:
         self,
         where: str,
         texts: tuple[str, ...] = ("txt",),
-        columns: Columns | None = None,
+        chosen: Columns | None = None,
         by_path: bool = False,
         prefix: str = "",
     ) -> None:
@@ -55,7 +55,7 @@ class Inputs:
         if path.is_dir():
             self._built = folder_source(path)
         elif table_suffix(path) is not None:
-            self._built = table_source([path], columns or _usual(path))
+            self._built = _table(path, chosen)
         else:
             self._shards = Source(where, list(index_shards(expand_shards(where), None, ())), ())
         if by_path and self._shards is None:
@@ -164,12 +164,13 @@ def _opened(shard: str) -> tuple[Source, dict[str, int]]:
     return source, {source.locate(number)[1]: number for number in range(source.num_samples)}
 
 
-def _usual(path: Path) -> Columns:
-    """The usual columns of a table, with `id` or `key` as names where there is one."""
-    from mmctx.datasets.build.rows import columns
-
-    present = columns(path)
-    return Columns(key=next((name for name in ("id", "key") if name in present), None))
+def _table(path: Path, chosen: Columns | None) -> BuildSource:
+    """A table by its usual columns, with `id` or `key` as names; rows of JSON lines may have columns that the first one lacks."""
+    names = columns(path)
+    if table_suffix(path) not in (".csv", ".tsv", ".parquet"):
+        names = list(dict.fromkeys(name for _, _, row in read_rows([path]) if isinstance(row, dict) for name in row))
+    key = next((name for name in ("id", "key") if name in names), None)
+    return table_source([path], chosen or Columns(key=key), present=names)
 
 
 def read_ids(path: Path) -> list[str]:

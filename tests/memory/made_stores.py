@@ -37,7 +37,9 @@ def text_store(path: Path, vectors: np.ndarray, at_once: int = 10_000) -> Store:
     return store
 
 
-def brute_force(queries: np.ndarray, vectors: np.ndarray, k: int, among: Sequence[int] | None = None) -> list[list[int]]:
+def brute_force(
+    queries: np.ndarray, vectors: np.ndarray, k: int, among: Sequence[int] | None = None
+) -> list[list[int]]:
     """Row numbers of the k largest dot products with each query, in double precision."""
     rows = np.arange(len(vectors)) if among is None else np.asarray(among)
     scores = queries.astype(np.float64) @ vectors[rows].astype(np.float64).T

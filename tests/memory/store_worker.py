@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import random
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -40,7 +41,9 @@ def state_of(store: Store) -> dict[int, int]:
     said = Counter(tuple(map(int, (document.parts[0].text or "").split())) for document in found.values())
     torn = {pair: count for pair, count in said.items() if count != SIZE}
     assert not torn, f"version {still.version}: parts of a change: {torn}"
-    assert len({generation for generation, _ in said}) == len(said), f"version {still.version}: a generation twice: {said}"
+    assert len({generation for generation, _ in said}) == len(said), (
+        f"version {still.version}: a generation twice: {said}"
+    )
     return dict(said.keys())  # type: ignore[arg-type]
 
 
@@ -68,12 +71,16 @@ def read(path: Path) -> None:
         version = store.version
         assert version >= last, f"version {version} after {last}"
         state = state_of(store)
-        for generation, turn in state.items():  # who reads in the middle of a change finds the old or the new, never half of it
+        for (
+            generation,
+            turn,
+        ) in state.items():  # who reads in the middle of a change finds the old or the new, never half of it
             hits = store.search(vector(generation, turn, 0), 1, exact=True)[0]
             assert not hits or abs(hits[0].score) <= 1.0001
         if version > last:
             print(version, flush=True)
         last = version
+        time.sleep(0.05)  # the writer needs the processor, too
 
 
 if __name__ == "__main__":

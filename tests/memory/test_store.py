@@ -13,14 +13,14 @@ import pytest
 
 pytest.importorskip("lancedb", reason="pip install 'mmctx[memory]'")
 
-from made_stores import DIM, MADE_BY, brute_force, found_rows, said, text_store, unit_vectors  # noqa: E402
+from made_stores import DIM, MADE_BY, brute_force, found_rows, said, text_store, unit_vectors
 
-from mmctx.errors import ConfigError, DataError, MmctxError  # noqa: E402
-from mmctx.memory import index  # noqa: E402
-from mmctx.memory.entries import Document, Part, Triple  # noqa: E402
-from mmctx.memory.lock import writing  # noqa: E402
-from mmctx.memory.provenance import Provenance  # noqa: E402
-from mmctx.memory.store import Store  # noqa: E402
+from mmctx.errors import ConfigError, DataError, MmctxError
+from mmctx.memory import index
+from mmctx.memory.entries import Document, Part, Triple
+from mmctx.memory.lock import writing
+from mmctx.memory.provenance import Provenance
+from mmctx.memory.store import Store
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -54,7 +54,9 @@ def test_edits_equal_a_dictionary(tmp_path: Path) -> None:
             rows = rng.choice(400, 20, replace=False).tolist()
             rows = [row for row in rows if row not in alive.values()][: len(some)]  # ties would have no order
             some = some[: len(rows)]
-            store.write([said(n, f"row {row}") for n, row in zip(some, rows, strict=True)], [[vectors[r]] for r in rows])
+            store.write(
+                [said(n, f"row {row}") for n, row in zip(some, rows, strict=True)], [[vectors[r]] for r in rows]
+            )
             alive |= dict(zip(some, rows, strict=True))
         names = {row: n for n, row in alive.items()}
         expected = [[names[row] for row in found] for found in brute_force(queries, vectors, 8, sorted(names))]
@@ -66,7 +68,9 @@ def test_edits_equal_a_dictionary(tmp_path: Path) -> None:
 def test_a_change_is_one_version_and_leaves_nothing_of_the_old(tmp_path: Path) -> None:
     store = Store.create(tmp_path / "store", MADE_BY)
     vectors = unit_vectors(6)
-    whole = Document("x", (Part("text", "one"), Part("image", media=b"picture"), Part("text", "two")), {"page": 3}, "book")
+    whole = Document(
+        "x", (Part("text", "one"), Part("image", media=b"picture"), Part("text", "two")), {"page": 3}, "book"
+    )
     store.write([whole, said(1)], [[vectors[0], vectors[1], vectors[2]], [vectors[3]]])
     before = store.version
     shorter = Document("x", (Part("text", "three"),), {"page": 4}, "book", Triple("a", "b", "c"))
@@ -83,7 +87,9 @@ def test_a_change_is_one_version_and_leaves_nothing_of_the_old(tmp_path: Path) -
 def test_parts_without_vectors_are_kept_and_not_found(tmp_path: Path) -> None:
     store = Store.create(tmp_path / "store", MADE_BY)
     vectors = unit_vectors(2)
-    document = Document("x", (Part("text", "a cat"), Part("audio", media=b"\x00sound"), Part("image", media=b"p" * 1000)))
+    document = Document(
+        "x", (Part("text", "a cat"), Part("audio", media=b"\x00sound"), Part("image", media=b"p" * 1000))
+    )
     store.write([document], [[vectors[0], None, vectors[1]]])
     assert store.documents(["x"])["x"].parts[1].media == b"\x00sound"
     assert store.documents(["x"])["x"].digest == document.digest
@@ -170,14 +176,19 @@ def test_another_encoder_is_named(tmp_path: Path) -> None:
     store = Store.create(tmp_path / "store", MADE_BY)
     again = Store.open(tmp_path / "store")
     assert again.provenance == MADE_BY
-    again.provenance.check(Provenance("elsewhere", MADE_BY.fingerprint, DIM, ("text",)), again.path)  # moved: the same weights
+    again.provenance.check(
+        Provenance("elsewhere", MADE_BY.fingerprint, DIM, ("text",)), again.path
+    )  # moved: the same weights
     other = Provenance("other", "fedcba9876543210", 7, ("text",))
-    with pytest.raises(DataError, match=rf"made by the encoder 'made' \(0123.*asked with 'other' \(fedc.*dim {DIM} against 7.*--encoder"):
+    with pytest.raises(
+        DataError,
+        match=rf"made by the encoder 'made' \(0123.*asked with 'other' \(fedc.*dim {DIM} against 7.*--encoder",
+    ):
         store.provenance.check(other, store.path)
 
 
 def test_folders_that_hold_none(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no knowledge store.*mmctx memory build"):
+    with pytest.raises(DataError, match=r"no knowledge store.*mmctx memory build"):
         Store.open(tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
     (tmp_path / "full").mkdir()
@@ -185,7 +196,7 @@ def test_folders_that_hold_none(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not empty"):
         Store.create(tmp_path / "full", MADE_BY)
     Store.create(tmp_path / "store", MADE_BY)
-    with pytest.raises(DataError, match="a store already.*mmctx memory add"):
+    with pytest.raises(DataError, match=r"a store already.*mmctx memory add"):
         Store.create(tmp_path / "store", MADE_BY)
     import lancedb
     import pyarrow as pa

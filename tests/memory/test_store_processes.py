@@ -14,13 +14,13 @@ import pytest
 
 pytest.importorskip("lancedb", reason="pip install 'mmctx[memory]'")
 
-import store_worker  # noqa: E402
+import store_worker
 
-from mmctx.memory.provenance import Provenance  # noqa: E402
-from mmctx.memory.store import Store  # noqa: E402
+from mmctx.memory.provenance import Provenance
+from mmctx.memory.store import Store
 
 WORKER = str(Path(__file__).with_name("store_worker.py"))
-KILLS = 6
+KILLS = 5
 
 
 def start(*arguments: str, out: Path) -> subprocess.Popen[bytes]:

@@ -29,7 +29,9 @@ class TransformersEncoder:
 
     def __init__(self, folder: str, name: str) -> None:
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         path = Path(folder)
         if not (path / "config.json").is_file():
             raise ConfigError(f"{name}: {folder} holds no config.json; name a folder that save_pretrained wrote")
