@@ -202,7 +202,7 @@ class Store:
             k: how many of each; fewer where the store holds fewer.
             kinds: only such parts; all by default.
             source: only of documents with this source.
-            exact: compare with every part, as brute force does; otherwise through the index, if there is one.
+            exact: compare with every part, as brute force does; otherwise through the index, if there is one and no source is named.
 
         Raises:
             DataError: the vectors have another length than the store's.
@@ -220,6 +220,7 @@ class Store:
         request = table.search(list(queries)).distance_type("dot").select(_FOUND).limit(k)
         if conditions:
             request = request.where(" AND ".join(conditions), prefilter=True)
+        exact = exact or source is not None  # one source may lie in clusters that few queries visit
         request = request.bypass_vector_index() if exact else self._index.tuned(request)
         for row in request.to_list():
             number = row.pop("query_index", 0)

@@ -16,9 +16,9 @@ MADE_BY = Provenance("made", "0123456789abcdef", DIM, ("text", "image"))
 
 
 def unit_vectors(count: int, dim: int = DIM, seed: int = 0, rank: int = 8) -> np.ndarray:
-    """(count, dim) float32 near a subspace, as learned embeddings are."""
+    """(count, dim) float32 near one subspace of `rank` dimensions, whatever the seed, as the embeddings of one encoder are."""
     rng = np.random.default_rng(seed)
-    drawn = rng.standard_normal((count, rank)) @ rng.standard_normal((rank, dim))
+    drawn = rng.standard_normal((count, rank)) @ np.random.default_rng(99).standard_normal((rank, dim))
     drawn += 0.3 * rng.standard_normal((count, dim))
     return (drawn / np.linalg.norm(drawn, axis=1, keepdims=True)).astype(np.float32)
 

@@ -20,7 +20,7 @@ from mmctx.memory.provenance import Provenance
 from mmctx.memory.store import Store
 
 WORKER = str(Path(__file__).with_name("store_worker.py"))
-KILLS = 5
+KILLS = 4
 
 
 def start(*arguments: str, out: Path) -> subprocess.Popen[bytes]:
