@@ -165,6 +165,50 @@ def query(
 
 
 @app.command()
+def pack(
+    store: StorePath,
+    shards: Annotated[str, typer.Argument(help="Samples to put behind their neighbours.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the new shards.")],
+    neighbours: Annotated[int, typer.Option(help="Documents in front of each sample, the nearest next to it.")] = 3,
+    loss: Annotated[
+        str, typer.Option(help="What is predicted: all, own (the sample's texts), or answer (its last).")
+    ] = "all",
+    among: Annotated[
+        str | None,
+        typer.Option(help="The store's input that neighbours come from; SHARDS itself. Never held-out ones."),
+    ] = None,
+    text: Texts = None,
+    per_shard: Annotated[int, typer.Option(help="Most samples of a shard.")] = 1000,
+    encoder: EncoderName = None,
+    objective: Objective = None,
+    as_json: Json = False,
+) -> None:
+    """Write shards of documents that begin with their nearest neighbours in a store: exact search, no duplicates of themselves."""
+    from mmctx.datasets.build.writer import BuildOptions
+    from mmctx.memory.pack import pack_neighbours
+    from mmctx.memory.store import Store
+
+    if loss not in ("all", "own", "answer"):
+        raise ConfigError(f"--loss is all, own or answer, not {loss!r}")
+    opened = Store.open(store)
+    with progress_bars() as show:
+        options = BuildOptions(samples_per_shard=per_shard, num_workers=1, progress=show)
+        answer = pack_neighbours(
+            opened,
+            shards,
+            out,
+            lambda: _encoder(opened, encoder, objective),
+            neighbours=neighbours,
+            learned=loss,  # type: ignore[arg-type]
+            among=among,
+            texts=tuple(text or ("txt",)),
+            options=options,
+        )
+    short = {name: len(value) if isinstance(value, list) else value for name, value in answer.items()}
+    print_answer(answer, as_json, table(short))
+
+
+@app.command()
 def info(store: StorePath, as_json: Json = False) -> None:
     """What a store holds, and which encoder made it."""
     from mmctx.memory.store import Store

@@ -247,7 +247,7 @@ class Store:
         return found
 
     def vectors(self, column: str, values: Sequence[str]) -> Mapping[str, np.ndarray]:
-        """For each value of a column (`id`, `shown`) the vectors (n, E) of the parts that have it, in order of id and part."""
+        """For each value of a column (`id`, `shown`, `content`) the vectors (n, E) of the parts that have it, in order of id and part."""
         table = self._fresh()
         found: dict[str, list[tuple[str, int, Any]]] = {}
         for chunk in _chunks(values):
@@ -258,6 +258,10 @@ class Store:
             value: np.array([vector for *_, vector in sorted(mine, key=lambda row: row[:2])], np.float32)
             for value, mine in found.items()
         }
+
+    def sources(self) -> list[str]:
+        """Inputs that its documents came from, sorted."""
+        return sorted(set(self._fresh().search().where("part = 0").select(["source"]).to_arrow()["source"].to_pylist()))
 
     def ids(self) -> list[str]:
         """Of all documents, sorted."""
