@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -199,7 +199,7 @@ def pack(
             out,
             lambda: _encoder(opened, encoder, objective),
             neighbours=neighbours,
-            learned=loss,  # type: ignore[arg-type]
+            learned=cast(Any, loss),
             among=among,
             texts=tuple(text or ("txt",)),
             options=options,
