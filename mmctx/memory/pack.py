@@ -99,7 +99,8 @@ class _Searcher:
         self, store: Store, open_encoder: Callable[[], Encoder], among: str, neighbours: int, learned: Learned
     ) -> None:
         self._store, self._open, self._encoder = store, open_encoder, None
-        self._among, self._count, self._learned = among, neighbours, learned
+        self._among, self._count = among, neighbours
+        self._learned: Learned = learned
 
     def near(self, documents: Sequence[Document]) -> list[list[Document]]:
         """For each document its neighbours, the nearest last."""

@@ -72,7 +72,7 @@ class TestCheckpoint:
             np.testing.assert_allclose(embed(encoder, thing)[0], vector, atol=2e-5)
 
     def test_errors(self, run_dir: Path, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match="named 'captioning', it has similarity"):
+        with pytest.raises(ConfigError, match="named 'captioning', the run has similarity"):
             api.open_encoder(str(run_dir), "captioning")
         with pytest.raises(CheckpointError, match="neither a whole checkpoint"):
             api.open_encoder(str(tmp_path))

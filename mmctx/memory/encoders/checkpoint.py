@@ -8,67 +8,57 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from mmctx.datasets.assemble import build_preprocessors
 from mmctx.datasets.decode import decode_audio, decode_image
-from mmctx.errors import ConfigError, SampleError
+from mmctx.errors import SampleError
 from mmctx.eval.documents import grouped
 from mmctx.eval.views import embed_with
 from mmctx.memory.entries import KINDS, Kind
 from mmctx.memory.provenance import Provenance
-from mmctx.objectives import build_data_halves
 from mmctx.pack import Document, MediaItem
 from mmctx.sample import Sample
 
 if TYPE_CHECKING:
+    from mmctx.datasets.config import DataConfig
+    from mmctx.datasets.planning.table import Preprocessors
     from mmctx.model import MmctxModel
+    from mmctx.objectives.similarity import Similarity
     from mmctx.tokenizer import TextTokenizer
-    from mmctx.train.config import RunConfig
 
 
 class CheckpointEncoder:
     """Embeds as the suite `retrieval` does: every part is a document of its own view. Texts beyond the context are cut off.
 
     Args:
-        model: in evaluation mode; moved to the GPU if there is one.
+        model: in evaluation mode, on its device.
         tokenizer: the checkpoint's own.
-        config: of its run.
+        half: data half of a similarity objective of it.
+        media: how its pictures and clips become items.
+        config: of the run's data; its context and its bins bound what is embedded together.
         name: how the checkpoint was named.
         fingerprint: names its weights.
-        objective: of the kind `similarity`; the first by default.
-
-    Raises:
-        ConfigError: the run has no such objective.
+        bf16: products run in bfloat16, as the run was trained.
     """
 
     def __init__(
         self,
         model: MmctxModel,
         tokenizer: TextTokenizer,
-        config: RunConfig,
+        half: Similarity,
+        media: Preprocessors,
+        config: DataConfig,
         *,
         name: str,
         fingerprint: str,
-        objective: str | None = None,
+        bf16: bool = False,
     ) -> None:
-        known = [own for own, settings in config.objectives.items() if settings.kind == "similarity"]
-        if not known or (objective is not None and objective not in known):
-            there = f"it has {', '.join(known)}" if known else "it has none"
-            raise ConfigError(
-                f"{name}: an encoder needs an objective of the kind similarity{f' named {objective!r}' if objective else ''}, {there}; "
-                "train with one, or name another encoder"
-            )
-        self.objective = objective or known[0]
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model, self.tokenizer = model.to(self.device), tokenizer
-        self._bf16 = config.train.precision == "bf16"
-        self._half: Any = build_data_halves(config.objectives, tokenizer)[self.objective]
-        self._media = build_preprocessors(config.model)
-        self._context, self._bin = config.data.context_length, config.data.bin_tokens
-        self._views = _views(self._half.config.views, self._media)
-        dim = self._half.config.dim or config.model.transformer.width
-        about = f"{fingerprint}-{self.objective}"
+        self.model, self.tokenizer, self.device = model, tokenizer, next(model.parameters()).device
+        self._half, self._media, self._bf16 = half, media, bf16
+        self._context, self._bin = config.context_length, config.bin_tokens
+        self._views = _views(half.config.views, media)
         kinds: tuple[Kind, ...] = tuple(kind for kind in KINDS if kind in self._views)
-        self.provenance = Provenance(name, about, dim, kinds, head=self.objective)
+        head: Any = model.objectives[half.name]
+        about = f"{fingerprint}-{half.name}"
+        self.provenance = Provenance(name, about, head.projection.out_features, kinds, head=half.name)
 
     def prepare(self, kind: Kind, value: str | bytes) -> tuple[Kind, Any]:
         """See `Encoder`."""
@@ -96,7 +86,7 @@ class CheckpointEncoder:
         for group in grouped(documents, [len(document.input_ids) for document in documents], self._bin):
             with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
                 for _, embedded, numbers in embed_with(
-                    self.model, self.objective, group, self.tokenizer.placeholder_ids, self.device
+                    self.model, self._half.name, group, self.tokenizer.placeholder_ids, self.device
                 ):
                     vectors[numbers] = embedded
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)  # bf16 products leave them a little off
