@@ -3,8 +3,8 @@
     python benchmarks/store.py [--json] [--quick] [--repeats 5]
 
 100,000 unit vectors of 256 numbers near a subspace of 32, as learned embeddings lie, each with a short text; 200 queries, one by one and
-all at once, on one thread of numpy (LanceDB takes the threads that it wants). Exact answers of both sides are asserted equal first. Times are
-given as ratios to brute force over a matrix in memory: what a store costs beyond it is files, versions and rows.
+all at once, on one thread of numpy (LanceDB takes the threads that it wants). Exact answers of both sides are asserted equal first. Times
+are given as ratios to brute force over a matrix in memory: what a store costs beyond it is files, versions and rows.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class Index:
         self._file.unlink(missing_ok=True)
 
     def build(self, kind: str, wanted: float) -> dict[str, Any]:
-        """Makes it anew over all vectors, and doubles the clusters to visit until R@10 reaches `wanted`, or all are visited.
+        """Makes it anew over all vectors, and visits half as many clusters again until R@10 reaches `wanted`, or all are visited.
 
         Recall is the share of the ten parts nearest to a query that the index finds. Queries are 200 stored parts, left out of their own
         answers; to half of them noise of their own length is added, for queries that are like nothing stored. Where there are several
@@ -88,7 +88,7 @@ class Index:
             recall = min(_recall(*pair) for pair in zip(found, best, strict=True))
             if recall >= wanted or probes == partitions:
                 break
-            probes = min(2 * probes, partitions)
+            probes = min(probes + probes // 2 + 1, partitions)
         about = {"kind": kind, "vectors": count, "clusters": partitions, "probes": probes, "recall": round(recall, 4)}
         fresh = self._file.with_name(f".{FILE}.{os.getpid()}")
         fresh.write_text(json.dumps(about), encoding="utf-8")

@@ -54,6 +54,7 @@ def rows(documents: Sequence[Document], vectors: Sequence[Sequence[np.ndarray | 
     import pyarrow as pa
 
     found: list[dict[str, Any]] = []
+    matrix: list[np.ndarray | None] = []
     for document, embedded in zip(documents, vectors, strict=True):
         triple = document.triple or Triple(None, None, None)  # type: ignore[arg-type]
         common = {"id": document.id, "source": document.source, "digest": document.digest, "shown": document.shown}
@@ -61,8 +62,15 @@ def rows(documents: Sequence[Document], vectors: Sequence[Sequence[np.ndarray | 
         for number, (part, vector) in enumerate(zip(document.parts, embedded, strict=True)):
             own = {"part": number, "kind": part.kind, "text": part.text, "path": part.path, "content": part.content}
             own["media"] = None if part.path is not None else part.media
-            found.append(common | own | {"vector": _checked(vector, document.id, provenance)})
-    return pa.Table.from_pylist(found, schema=schema(provenance))
+            found.append(common | own)
+            matrix.append(_checked(vector, document.id, provenance))
+    wanted = schema(provenance)
+    nothing = np.zeros(provenance.dim, np.float32)
+    values = np.concatenate([nothing if vector is None else vector for vector in matrix])
+    missing = pa.array([vector is None for vector in matrix])
+    column = pa.FixedSizeListArray.from_arrays(pa.array(values), provenance.dim, mask=missing)
+    plain = pa.Table.from_pylist(found, schema=wanted.remove(wanted.get_field_index("vector")))
+    return plain.append_column(wanted.field("vector"), column)
 
 
 def _checked(vector: np.ndarray | None, id: str, provenance: Provenance) -> np.ndarray | None:
