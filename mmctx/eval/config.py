@@ -14,6 +14,8 @@ from mmctx.eval.suite_config import (
     CaptionEvalConfig,
     KnowledgeConfig,
     LossByPositionConfig,
+    ProbeConfig,
+    RobustnessConfig,
     StsConfig,
     ZeroShotConfig,
 )
@@ -52,6 +54,10 @@ class EvalConfig(StrictModel):
     """Suite `sts`."""
     knowledge: KnowledgeConfig | None = None
     """The suite `knowledge`: questions whose answers are put into a store, changed and removed."""
+    probe: ProbeConfig = ProbeConfig()
+    """Suite `probe`."""
+    robustness: RobustnessConfig = RobustnessConfig()
+    """Suite `robustness`."""
     attribution: AttributionConfig = AttributionConfig()
     """The suite `attribution`."""
 

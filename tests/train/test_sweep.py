@@ -14,17 +14,19 @@ import psutil
 import pytest
 import yaml
 
-from mmctx.config import build_config
+from mmctx.config import build_config, load_config
 from mmctx.errors import ConfigError
 from mmctx.jsonl import read_lines
 from mmctx.train.checkpoints.layout import list_checkpoints
+from mmctx.train.config import RunConfig
 from mmctx.train.sweep.config import SweepConfig
-from mmctx.train.sweep.space import settings
+from mmctx.train.sweep.space import check_keys, settings
 from mmctx.train.sweep.study import sweep
 from mmctx.train.sweep.trial import hold, is_held, lock_of, run_trial
 
 optuna = pytest.importorskip("optuna")
 
+ROOT = Path(__file__).parents[2]
 LR = "train.optimizer.lr"
 
 
@@ -54,6 +56,11 @@ def write(tree: dict[str, Any], path: Path) -> Path:
 
 
 class TestDeclaration:
+    def test_the_one_that_is_shipped_holds(self) -> None:
+        config = load_config(SweepConfig, ROOT / "configs/sweeps/demo.yaml")
+        run = load_config(RunConfig, ROOT / config.config, config.overrides)
+        check_keys(config.ranges, run.model_dump(mode="json"))
+
     @pytest.mark.parametrize(
         ("change", "message"),
         [
