@@ -112,6 +112,8 @@ class Store:
         Raises:
             DataError: two have one id, one has no part, or a vector does not fit.
         """
+        if not documents:
+            return self.version
         ids = [document.id for document in documents]
         if len(set(ids)) < len(ids):
             twice = next(id for id in ids if ids.count(id) > 1)

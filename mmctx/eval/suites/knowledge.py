@@ -94,7 +94,7 @@ def check_knowledge(config: EvalConfig) -> None:
         raise ConfigError(
             "suite knowledge: eval.knowledge is not set; name its questions by eval.knowledge.questions=FILE"
         )
-    require("lancedb")
+    require("lancedb", extra="memory")
     read_questions(Path(config.knowledge.questions))
 
 
