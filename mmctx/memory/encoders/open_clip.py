@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from mmctx.errors import ConfigError, MmctxError
@@ -43,7 +44,7 @@ class OpenClipEncoder:
             raise ConfigError(f"{name}: open_clip cannot open {model!r}: {error}") from None
         digest = hashlib.blake2b(architecture.rpartition("/")[2].encode(), digest_size=8)
         for key, tensor in sorted(self.model.state_dict().items()):
-            digest.update(key.encode() + tensor.cpu().contiguous().view(-1).view(dtype=_bytes()).numpy().tobytes())
+            digest.update(key.encode() + tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         self._functions: Any = {"text": self._texts, "image": self._images}
         dim = self._texts(["a"]).shape[-1]
         self.provenance = Provenance(name, digest.hexdigest(), dim, ("text", "image"))
@@ -60,12 +61,4 @@ class OpenClipEncoder:
         return self.model.encode_text(self.tokenizer(texts)).detach()
 
     def _images(self, pictures: list[Tensor]) -> Tensor:
-        import torch
-
         return self.model.encode_image(torch.stack(pictures)).detach()
-
-
-def _bytes() -> Any:
-    import torch
-
-    return torch.uint8
