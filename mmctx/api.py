@@ -10,12 +10,14 @@ import torch
 
 from mmctx import config as config_module
 from mmctx import eval as evaluation
-from mmctx.datasets.assemble import RunData, build_data
+from mmctx.datasets.assemble import RunData, build_data, build_preprocessors
 from mmctx.datasets.planning.plan import Plan
 from mmctx.errors import ConfigError, DataError, MmctxError
 from mmctx.eval.report.run import is_run, read_run
 from mmctx.eval.results import add_results
+from mmctx.memory.encoders.base import Encoder, fingerprint_files
 from mmctx.model import MmctxModel
+from mmctx.objectives import build_data_halves
 from mmctx.pack import PackedBatch
 from mmctx.pretrained.export import export as export_model
 from mmctx.train.audit import audit
@@ -159,6 +161,52 @@ def report(*runs: str | Path, out: str | Path | None = None) -> Path:
     return path
 
 
+def open_encoder(name: str, objective: str | None = None) -> Encoder:
+    """An encoder for a knowledge store.
+
+    Args:
+        name: a checkpoint or run folder, whose similarity head embeds; `transformers:FOLDER`; or `open_clip:ARCHITECTURE@WEIGHTS`.
+        objective: which similarity objective of the run; its first by default.
+
+    Raises:
+        ConfigError: there is no such encoder, or the run has no similarity objective.
+        CheckpointError: there is no whole checkpoint.
+    """
+    library, colon, model = name.partition(":")
+    if colon and library == "transformers":
+        from mmctx.memory.encoders.transformers import TransformersEncoder
+
+        return TransformersEncoder(model, name)
+    if colon and library == "open_clip":
+        from mmctx.memory.encoders.open_clip import OpenClipEncoder
+
+        return OpenClipEncoder(model, name)
+    from mmctx.memory.encoders.checkpoint import CheckpointEncoder
+
+    folder = resolve_checkpoint(Path(name))
+    opened, tokenizer, config = read_model(folder)
+    known = [own for own, settings in config.objectives.items() if settings.kind == "similarity"]
+    if not known or objective not in (None, *known):
+        wanted = f" named {objective!r}" if objective else ""
+        raise ConfigError(
+            f"{name}: an encoder needs an objective of the kind similarity{wanted}, the run has {', '.join(known) or 'none'}; train with "
+            "one, or name another encoder"
+        )
+    half: Any = build_data_halves(config.objectives, tokenizer)[objective or known[0]]
+    return CheckpointEncoder(
+        opened.to("cuda" if torch.cuda.is_available() else "cpu"),
+        tokenizer,
+        half,
+        build_preprocessors(config.model),
+        config.data,
+        name=name,
+        fingerprint=fingerprint_files(
+            [folder / "model.safetensors"], f"{tokenizer.definition}{config.model.model_dump_json()}"
+        ),
+        bf16=config.train.precision == "bf16",
+    )
+
+
 def _named(folders: Sequence[Path]) -> dict[str, Path]:
     """Run folders by the name that a page calls them: the folder's, with as many folders above it as it takes to tell them apart."""
     if not folders:
@@ -284,6 +332,7 @@ __all__ = [
     "export_trunk",
     "load_config",
     "load_model",
+    "open_encoder",
     "recall_curve",
     "report",
     "train",

@@ -126,3 +126,10 @@ def test_sequence_parallel():
     assert result["gradient_error"] < 1e-5
     assert max(result["kept"]["ranks"]) < 0.75 * result["kept"]["one process"]
     assert set(result["faster_than"]) == {"one process, one thread", "one process, two threads"}
+
+
+def test_store():
+    pytest.importorskip("lancedb", reason="pip install 'mmctx[memory]'")
+    result = run("store.py")  # asserts that exact search equals brute force
+    assert set(result["times_brute_force"]) == {"exact", "index", "exact at once", "index at once"}
+    assert result["built"]["index"]["recall"] >= 0.97

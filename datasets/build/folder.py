@@ -68,13 +68,18 @@ def build_folder(
         DataError: there is no such folder, or nothing in it can be used.
         ConfigError: a table of captions lacks a column.
     """
+    return build_shards(folder_source(folder, out, text_column), out, options or BuildOptions())
+
+
+def folder_source(folder: Path, out: Path | None = None, text_column: str | None = None) -> Source:
+    """The samples of a folder, see `build_folder`, leaving out what lies in `out`."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
     files = _scan(folder, out)
     items = list(_rows(folder, files, text_column) if files.tables else _sidecars(folder, files))
     every = [*files.media, *files.texts.values(), *files.facts.values(), *files.tables]
     named = sorted((os.path.relpath(path, folder), *stamp([path])[0][1:]) for path in every)
-    source = Source(
+    return Source(
         kind="folder",
         origin=ascii(str(folder.absolute())),
         recipe=[[ascii(name), size, time] for name, size, time in named] + [text_column],
@@ -84,10 +89,9 @@ def build_folder(
         costly=any(path.suffix[1:].lower() not in _ORDER for path in files.media),
         left_out=files.left_out,
     )
-    return build_shards(source, out, options or BuildOptions())
 
 
-def _scan(folder: Path, out: Path) -> _Files:
+def _scan(folder: Path, out: Path | None) -> _Files:
     """Sorts all files by what their names promise. Shards that lie inside the folder are not read."""
     files = _Files()
     seen: set[str] = set()
@@ -104,7 +108,8 @@ def _scan(folder: Path, out: Path) -> _Files:
         seen.add(real)
         hidden = [name for name in folders if name.startswith(".")]
         files.left_out += [LeftOut(_name(folder, Path(parent, h)), "hidden", "a hidden folder") for h in hidden]
-        folders[:] = sorted(n for n in folders if n not in hidden and Path(parent, n).resolve() != out.resolve())
+        inside = out and out.resolve()
+        folders[:] = sorted(n for n in folders if n not in hidden and Path(parent, n).resolve() != inside)
         for name in sorted(names):
             _sort_in(folder, Path(parent, name), files)
     return files

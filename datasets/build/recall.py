@@ -83,11 +83,17 @@ def _items(counts: dict[str, tuple[int, int]], split: str, start: int) -> Iterat
 def _render(item: Item, seed: int, picture_tokens: int) -> Rendered:
     digest = hashlib.blake2b(f"mmctx recall\0{seed}\0{item.key}".encode(), digest_size=8).digest()
     rng = np.random.default_rng(int.from_bytes(digest, "big"))
-    is_warmup = item.split == "warmup"
-    document = write_round(item.payload, rng) if is_warmup else write_document(item.payload, rng, picture_tokens)
+    return render_document(item.key, item.payload, rng, picture_tokens, round_only=item.split == "warmup")
+
+
+def render_document(
+    key: str, length: int, rng: np.random.Generator, picture_tokens: int = 1, *, round_only: bool = False
+) -> Rendered:
+    """The members of a document of `length` tokens; `round_only`: of one to warm up with."""
+    document = write_round(length, rng) if round_only else write_document(length, rng, picture_tokens)
     shown = sorted({piece.picture for piece in document.pieces if piece.picture >= 0})
     names = {number: f"{number:02d}.png" for number in shown}
-    members: Members = {"__key__": item.key, "json": encode_json(document.to_json(names))}
+    members: Members = {"__key__": key, "json": encode_json(document.to_json(names))}
     members |= {name: _picture(number) for number, name in names.items()}
     return Rendered(members)
 

@@ -91,8 +91,21 @@ def build_table(
         DataError: a table cannot be read, or nothing in it can be used.
         ConfigError: a column is not there.
     """
+    source = table_source(sources, chosen, media_root=media_root, quotes=quotes)
+    return build_shards(source, out, options or BuildOptions())
+
+
+def table_source(
+    sources: Sequence[Path],
+    chosen: Columns | None = None,
+    *,
+    media_root: Path | None = None,
+    quotes: bool = True,
+    present: Sequence[str] | None = None,
+) -> Source:
+    """The samples of tables, see `build_table`; `present`: columns there are, if not those of the first row."""
     paths = find_tables(sources)
-    chosen = with_hf_types(chosen or Columns(), paths[0]).check(columns(paths[0], quotes), str(paths[0]))
+    chosen = with_hf_types(chosen or Columns(), paths[0]).check(present or columns(paths[0], quotes), str(paths[0]))
 
     prefixes = key_prefixes(paths)
 
@@ -104,7 +117,7 @@ def build_table(
             else:
                 yield row_item(row, chosen, f"{prefixes[path]}-{number:08d}", str(media_root or path.parent))
 
-    source = Source(
+    return Source(
         kind="table",
         origin=", ".join(str(path.absolute()) for path in sources),
         recipe=[stamp(paths), asdict(chosen), ascii(media_root), quotes],
@@ -113,7 +126,6 @@ def build_table(
         total=count_rows(paths),
         facts={"columns": {name: column for name, column in asdict(chosen).items() if column}},
     )
-    return build_shards(source, out, options or BuildOptions())
 
 
 def with_hf_types(chosen: Columns, path: Path) -> Columns:

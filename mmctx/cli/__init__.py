@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from mmctx.cli import audit, build, convert, data, doctor, export, generate, merge, profile, runs, sweep
+from mmctx.cli import audit, build, convert, data, doctor, export, generate, memory, merge, profile, runs, sweep
 from mmctx.errors import MmctxError
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Build, index, check and look at shards.", rich_markup_mode=None)
 app.add_typer(data_app, name="data")
+app.add_typer(memory.app, name="memory")
 
 for name, command in {
     "train": runs.train,

@@ -267,6 +267,31 @@ def recall(
 
 
 @app.command()
+def knowledge(
+    out: Out,
+    documents: Annotated[int, typer.Option(help="Documents to learn reading from, of each kind.")] = 4096,
+    pairs: Annotated[int, typer.Option(help="Facts with their questions, to learn looking up from.")] = 4096,
+    seed: Annotated[int, typer.Option(help="Everything is drawn from it.")] = 0,
+    per_shard: PerShard = 1000,
+    shard_mb: ShardMb = 256,
+    workers: Workers = None,
+    as_json: Json = False,
+) -> None:
+    """Synthetic facts and questions for a model that answers from a store; with a tokenizer and the questions of suite knowledge."""
+    from mmctx.datasets.build.knowledge import build_knowledge
+
+    run(
+        build_knowledge,
+        as_json,
+        (0.0, per_shard, shard_mb, workers),
+        out=out,
+        documents=documents,
+        pairs=pairs,
+        seed=seed,
+    )
+
+
+@app.command()
 def fsdd(
     out: Out,
     source: Annotated[Path, typer.Argument(help="fsdd.tar.gz, or the folder it unpacks to.")],

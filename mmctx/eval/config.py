@@ -12,6 +12,7 @@ from mmctx.eval.haystack.config import NeedleConfig, PasskeyConfig, WorldConfig
 from mmctx.eval.suite_config import (
     AttributionConfig,
     CaptionEvalConfig,
+    KnowledgeConfig,
     LossByPositionConfig,
     ProbeConfig,
     RobustnessConfig,
@@ -51,6 +52,8 @@ class EvalConfig(StrictModel):
     """Suite `world`: stories of people, places and objects, spread over a haystack."""
     sts: StsConfig = StsConfig()
     """Suite `sts`."""
+    knowledge: KnowledgeConfig | None = None
+    """The suite `knowledge`: questions whose answers are put into a store, changed and removed."""
     probe: ProbeConfig = ProbeConfig()
     """Suite `probe`."""
     robustness: RobustnessConfig = RobustnessConfig()

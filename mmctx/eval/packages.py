@@ -1,4 +1,4 @@
-"""Packages of the `eval` extra, which training does without."""
+"""Packages of extras, which training does without."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from mmctx.errors import ConfigError
 
 
-def require(*names: str) -> None:
+def require(*names: str, extra: str = "eval") -> None:
     """Raises ConfigError, with the remedy, if one of the packages is not installed."""
     if missing := [name for name in names if find_spec(name) is None]:
-        raise ConfigError(f"{' and '.join(missing)} is not installed: pip install 'mmctx[eval]'")
+        raise ConfigError(f"{' and '.join(missing)} is not installed: pip install 'mmctx[{extra}]'")

@@ -44,6 +44,17 @@ class ZeroShotConfig(StrictModel):
         return self
 
 
+class KnowledgeConfig(StrictModel):
+    """Suite `knowledge`."""
+
+    questions: str
+    """JSON lines: `id`, `question`, `answers` (first and changed), and, if wanted, `fact`, `image`, `asked`; see `suites/knowledge.py`."""
+    neighbours: int = Field(default=3, ge=1)
+    """Documents of the store that stand in front of a question."""
+    numbered: bool = False
+    """Begin each of them with its number, such as `[1] `: for models that have read such prompts."""
+
+
 class StsConfig(StrictModel):
     """Suite `sts`."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from mmctx.datasets.assemble import RunData
 from mmctx.datasets.planning.plan import Bin
 from mmctx.eval.context import EvalContext, each
 from mmctx.eval.documents import documents_of, grouped, num_tokens
+from mmctx.model import MmctxModel
 from mmctx.pack import Document, pack_documents
 from mmctx.sample import Sample
 
@@ -79,15 +80,30 @@ def embed_documents(
     context: EvalContext, objective: str, documents: list[Document]
 ) -> list[tuple[str, np.ndarray, list[int], list[int]]]:
     """(view, (n, E) float32, samples, contents) of each view in some documents of one `similarity` objective, in their order."""
-    head: Any = context.model.objectives[objective]
-    batch = pack_documents(documents, context.data.tokenizer.placeholder_ids).to(context.device)
-    hidden = context.model.encode(batch)
+    found = []
+    for view, embedded, samples in embed_with(
+        context.model, objective, documents, context.data.tokenizer.placeholder_ids, context.device
+    ):
+        contents = [content_of(document) for document in documents if document.view == view]
+        found.append((view, embedded, samples, contents))
+    return found
+
+
+def embed_with(
+    model: MmctxModel,
+    objective: str,
+    documents: list[Document],
+    placeholder_ids: Mapping[str, int],
+    device: torch.device,
+) -> list[tuple[str, np.ndarray, list[int]]]:
+    """(view, (n, E) float32, samples) of each view in some documents, by one `similarity` head of a model that lies on `device`."""
+    head: Any = model.objectives[objective]
+    batch = pack_documents(documents, placeholder_ids).to(device)
+    hidden = model.encode(batch)
     found = []
     for name, positions in batch.pooled.items():
-        view = name.removeprefix(f"{objective}/")
         embedded = head.embed(hidden, positions, batch.pool_sizes[name]).float().cpu().numpy()
-        contents = [content_of(document) for document in documents if document.view == view]
-        found.append((view, embedded, list(batch.pairs[name]), contents))
+        found.append((name.removeprefix(f"{objective}/"), embedded, list(batch.pairs[name])))
     return found
 
 

@@ -34,7 +34,7 @@ class TestSections:
                 assert "<polyline" in draw_lines(part)
 
     def test_suites_without_a_section_are_those_shown_elsewhere_or_plainly(self) -> None:
-        assert set(SUITES) - set(SECTIONS) == {"loss", "attribution"}
+        assert set(SUITES) - set(SECTIONS) == {"loss", "attribution", "knowledge"}
 
     def test_chance_and_intervals_are_those_of_the_results(self) -> None:
         section = SECTIONS["retrieval"](all_results()["retrieval"])

@@ -14,6 +14,7 @@ from mmctx.eval.packages import require
 from mmctx.eval.suites.attribution import attribution_headline, evaluate_attribution
 from mmctx.eval.suites.caption import evaluate_caption
 from mmctx.eval.suites.classification import classification_headline, evaluate_classification
+from mmctx.eval.suites.knowledge import check_knowledge, evaluate_knowledge, knowledge_headline
 from mmctx.eval.suites.loss import evaluate_loss
 from mmctx.eval.suites.loss_by_position import evaluate_loss_by_position, position_headline
 from mmctx.eval.suites.masked_lm import evaluate_masked_lm
@@ -76,6 +77,7 @@ SUITES: dict[str, Suite] = {
     "zero_shot": Suite(evaluate_zero_shot, zero_shot_headline, check_zero_shot),
     "swapped_media": Suite(evaluate_swapped_media, swapped_headline),
     "sts": Suite(evaluate_sts, sts_headline, check_sts),
+    "knowledge": Suite(evaluate_knowledge, knowledge_headline, check_knowledge),
     "probe": Suite(evaluate_probe, probe_headline, check_probe),
     "robustness": Suite(evaluate_robustness, robustness_headline),
     "attribution": Suite(evaluate_attribution, attribution_headline),
