@@ -17,9 +17,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mmctx.activations import KEEP_ALL, ActivationsConfig, in_tiles, recompute
+from mmctx.attention.memory import MemoryConfig
 from mmctx.compiling import run
 from mmctx.config import StrictModel
-from mmctx.kv_cache import Branches, KVCache
+from mmctx.kv_cache import Cache
+from mmctx.layer_memory import LayerMemory
 from mmctx.layout import DocumentLayout
 from mmctx.offload import HostOffload
 from mmctx.parallel.dropout import shard_dropout
@@ -63,6 +65,8 @@ class TransformerConfig(StrictModel):
     windows: tuple[Annotated[int, Field(ge=1)] | None, ...] = Field(default=(None,), min_length=1)
     """Tokens that each layer sees, itself included, null for all; repeated over the depth: `[512, 512, 512, null]` makes every fourth
     layer global."""
+    memory: MemoryConfig | None = None
+    """Layers that look beyond their window by similarity (`mmctx.attention.memory`); null for none."""
     attention: str = "auto"
     """Attention backend, one of those that `mmctx doctor` lists."""
 
@@ -76,6 +80,10 @@ class TransformerConfig(StrictModel):
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}")
         if self.head_width % 2:
             raise ValueError(f"the head width {self.head_width} must be even for rotary positions")
+        for layer in self.memory.layers if self.memory else ():
+            if layer >= self.depth or self.layer_window(layer) is None:
+                what = f"there are {self.depth}" if layer >= self.depth else f"windows {list(self.windows)} gives it all tokens"
+                raise ValueError(f"memory.layers names layer {layer}, but {what}; a memory begins where a window ends")
         if self.picture_positions == "grid" and self.head_width % 8:
             raise ValueError(f"the head width {self.head_width} must be a multiple of 8 for picture_positions: grid")
         return self
@@ -111,20 +119,33 @@ class Attention(nn.Module):
         self.out = nn.Linear(self.heads * self.head_dim, config.width, bias=False)
         self.q_norm = config.make_norm(self.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = config.make_norm(self.head_dim) if config.qk_norm else nn.Identity()
+        remembers = config.memory is not None and layer in config.memory.layers
+        self.memory = LayerMemory(config.memory, config.rope, self.heads, self.head_dim) if remembers else None
 
-    def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries (T, H, d) and keys (T, K, d), values (T, K, d); `rope` holds cosines and sines (T, 1, d / 2)."""
+    def set_context(self, config: TransformerConfig) -> None:
+        """Takes over positions and windows."""
+        self.window = config.layer_window(self.layer)
+        if self.memory is not None:
+            self.memory.set_rope(config.rope)
+
+    def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        """Rotated queries (T, H, d) and keys (T, K, d), values (T, K, d); `rope` holds cosines and sines (T, 1, d / 2).
+
+        With a memory, queries and keys before rotation as well.
+        """
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (T, H + 2K, d)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-        return rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope), v
+        q, k = self.q_norm(q), self.k_norm(k)
+        projected = rotate(q, *rope), rotate(k, *rope), v
+        return projected if self.memory is None else (*projected, q, k)
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: DocumentLayout, cache: KVCache | Branches | None
-    ) -> Tensor:
-        """What the tokens of a document tell each other: (T, H, d)."""
+    def attend(self, projected: tuple[Tensor, ...], layout: DocumentLayout, cache: Cache | None) -> Tensor:
+        """What the tokens of a document tell each other, from what `project` gave: (T, H, d)."""
+        q, k, v, *plain = projected
+        far = None if self.memory is None or self.window is None else self.memory.far(q, k, *plain, self.window)
         if cache is None:
-            return sequence_attention(q, k, v, layout, window=self.window, backend=self.backend)
-        return cache.attend(self.layer, q, k, v, layout, window=self.window, backend=self.backend)
+            return sequence_attention(q, k, v, layout, window=self.window, backend=self.backend, far=far)
+        return cache.attend(self.layer, q, k, v, layout, window=self.window, backend=self.backend, far=far)
 
 
 class SwiGLU(nn.Module):
@@ -165,15 +186,15 @@ class Block(nn.Module):
         return self.training and self.activations.recomputes(self.layer)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], layout: DocumentLayout, cache: KVCache | Branches | None = None
+        self, x: Tensor, rope: tuple[Tensor, Tensor], layout: DocumentLayout, cache: Cache | None = None
     ) -> Tensor:
         """See the class."""
         compiler = self.compiler if cache is None else None  # generation calls with sizes of its own
 
         def attend(x: Tensor) -> Tensor:
             with timed("trunk: attention"):
-                q, k, v = run(compiler, _project, self, x, *rope)
-                mixed = self.attention.attend(q, k, v, layout, cache)
+                projected = run(compiler, _project, self, x, *rope)
+                mixed = self.attention.attend(projected, layout, cache)
                 return run(compiler, _merge, self, x, mixed, shards=layout.shards)
 
         def feed_forward(x: Tensor) -> Tensor:
@@ -190,8 +211,8 @@ class Block(nn.Module):
         return x if tile is None else in_tiles(feed_forward, x, tile, random=random)
 
 
-def _project(block: Block, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The stream (T, D) -> queries (T, H, d), keys and values (T, K, d)."""
+def _project(block: Block, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """The stream (T, D) -> queries (T, H, d), keys and values (T, K, d); see `Attention.project`."""
     return block.attention.project(block.attention_norm(x), (cos, sin))
 
 
@@ -221,8 +242,8 @@ class Transformer(nn.Module):
         """Takes over positions (`rope`) and `windows` of a config that is equal otherwise: the weights stay."""
         self.config = config
         self.rope = Rotary(config.rope, config.head_width)
-        for layer, block in enumerate(self.blocks):
-            block.attention.window = config.layer_window(layer)  # type: ignore[union-attr]
+        for block in self.blocks:
+            block.attention.set_context(config)  # type: ignore[union-attr, operator]
 
     def _initialise(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
@@ -236,7 +257,7 @@ class Transformer(nn.Module):
                 nn.init.normal_(out.weight, std=0.02 / math.sqrt(2 * self.config.depth))
 
     def forward(
-        self, embeddings: Tensor, position_ids: Tensor, layout: DocumentLayout, cache: KVCache | Branches | None = None
+        self, embeddings: Tensor, position_ids: Tensor, layout: DocumentLayout, cache: Cache | None = None
     ) -> Tensor:
         """See the class.
 
