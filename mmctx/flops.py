@@ -16,6 +16,7 @@ import numpy as np
 from mmctx.encoders.audio import AudioEncoder
 from mmctx.encoders.image import ImageEncoder
 from mmctx.model import VOCAB_MULTIPLE, ModelConfig
+from mmctx.attention.memory import MemoryConfig
 from mmctx.pack import PackedBatch
 from mmctx.transformer import TransformerConfig
 
@@ -33,6 +34,7 @@ class Work:
         audio_token: of the sound encoder, for each embedding it makes, as if it were a clip of its own.
         windows: window of each layer, None for a global one.
         width: H * d, channels of attention.
+        memory: of the layers that look beyond their window; None if none does.
         audio_square: of attention in the sound encoder, times the square of the embeddings of a clip (or chunk of one).
         audio_chunk: embeddings that see each other at most.
     """
@@ -45,13 +47,29 @@ class Work:
     width: int
     audio_square: int = 0
     audio_chunk: int = 1
+    memory: MemoryConfig | None = None
 
-    def attention(self, lengths: np.ndarray, causal: bool) -> np.ndarray:
-        """FLOPs of attention inside documents of these lengths, any shape of int64, over all layers."""
+    def attention(self, lengths: np.ndarray, causal: bool, start: np.ndarray | int = 0) -> np.ndarray:
+        """FLOPs of attention inside documents of these lengths, any shape of int64, over all layers; what memories search included, whose
+        products have no backward pass.
+
+        Args:
+            lengths: of documents, or of pieces of a stream.
+            causal: which way they attend.
+            start: tokens of the stream before a piece: layers with a window look back beyond it.
+        """
         pairs = np.zeros_like(lengths)
         for window in set(self.windows):
-            pairs += self.windows.count(window) * count_pairs(lengths, causal, window)
-        return 4 * FORWARD_AND_BACKWARD * self.width * pairs
+            before = start if window is not None else 0
+            seen = count_pairs(before + lengths, causal, window) - count_pairs(np.asarray(before), causal, window)
+            pairs += self.windows.count(window) * seen
+        searched = np.zeros_like(lengths)
+        for layer in self.memory.layers if self.memory is not None and causal else ():
+            window, memory = self.windows[layer] or 0, self.memory
+            old, new = (np.maximum(np.asarray(n) - window, 0) for n in (start, start + lengths))  # queries with a past
+            for total, reach in ((pairs, min(memory.top_k, memory.tokens)), (searched, memory.tokens)):
+                total += count_pairs(new, causal, reach) - count_pairs(old, causal, reach)
+        return 4 * FORWARD_AND_BACKWARD * self.width * pairs + 2 * self.width * searched
 
     def clips(self, num_tokens: np.ndarray) -> np.ndarray:
         """FLOPs of the sound encoder over clips of so many embeddings (n,), attention among them included."""
@@ -66,7 +84,9 @@ class Work:
         lengths = np.array(layout.lengths, np.int64)
         total = batch.num_tokens * self.token
         total += sum(len(positions) for positions in batch.label_positions.values()) * self.label
-        total += int(self.attention(lengths[: layout.num_causal], causal=True).sum())
+        start = np.zeros_like(lengths)
+        start[:1] = batch.stream_start or 0
+        total += int(self.attention(lengths[: layout.num_causal], causal=True, start=start[: layout.num_causal]).sum())
         total += int(self.attention(lengths[layout.num_causal :], causal=False).sum())
         if "image" in media:
             total += len(media["image"].num_tokens) * self.image
@@ -97,6 +117,7 @@ def estimate_work(config: ModelConfig, vocab_size: int) -> Work:
         width=trunk.num_heads * trunk.head_width,
         audio_square=4 * FORWARD_AND_BACKWARD * audio.depth * audio.width * audio.shuffle**2 if audio else 0,
         audio_chunk=audio.chunk_frames // audio.frames_per_token if audio else 1,
+        memory=trunk.memory,
     )
 
 

@@ -125,7 +125,7 @@ class MmctxModel(nn.Module):
 
     def encode(self, batch: PackedBatch) -> Tensor:
         """Hidden states (T, D) of every token."""
-        return self.trunk(self.embed(batch), self.positions(batch), batch.layout)
+        return self.trunk(self.embed(batch), self.positions(batch), batch.layout, batch.lane)
 
     def forward(self, batch: PackedBatch, embed_only: bool = False) -> StepOutputs:
         """What a micro-batch adds to the global step.

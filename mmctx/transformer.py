@@ -189,7 +189,7 @@ class Block(nn.Module):
         self, x: Tensor, rope: tuple[Tensor, Tensor], layout: DocumentLayout, cache: Cache | None = None
     ) -> Tensor:
         """See the class."""
-        compiler = self.compiler if cache is None else None  # generation calls with sizes of its own
+        compiler = self.compiler if cache is None or self.training else None  # generation calls with sizes of its own
 
         def attend(x: Tensor) -> Tensor:
             with timed("trunk: attention"):
