@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mmctx.attention.memory import MemoryConfig
 from mmctx.encoders.audio import AudioEncoder
 from mmctx.encoders.image import ImageEncoder
 from mmctx.model import VOCAB_MULTIPLE, ModelConfig
-from mmctx.attention.memory import MemoryConfig
 from mmctx.pack import PackedBatch
 from mmctx.transformer import TransformerConfig
 
@@ -64,8 +64,10 @@ class Work:
             seen = count_pairs(before + lengths, causal, window) - count_pairs(np.asarray(before), causal, window)
             pairs += self.windows.count(window) * seen
         searched = np.zeros_like(lengths)
-        for layer in self.memory.layers if self.memory is not None and causal else ():
-            window, memory = self.windows[layer] or 0, self.memory
+        memory = self.memory if causal else None
+        for layer in memory.layers if memory is not None else ():
+            assert memory is not None
+            window = self.windows[layer] or 0
             old, new = (np.maximum(np.asarray(n) - window, 0) for n in (start, start + lengths))  # queries with a past
             for total, reach in ((pairs, min(memory.top_k, memory.tokens)), (searched, memory.tokens)):
                 total += count_pairs(new, causal, reach) - count_pairs(old, causal, reach)

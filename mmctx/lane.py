@@ -21,8 +21,8 @@ class Lane:
     """The memory of one stream, read piece by piece: a `mmctx.kv_cache.Cache` for a batch whose first document is the next piece.
 
     A layer with a window keeps what later tokens may still see: its window and, with a memory, `tokens` more; older ones are forgotten
-    first. A layer without a window keeps nothing. `attend` may be called several times for a piece, as checkpointing and cached gradients do:
-    nothing changes before `commit`.
+    first. A layer without a window keeps nothing. `attend` may be called several times for a piece, as checkpointing and cached gradients
+    do: nothing changes before `commit`.
 
     Attributes:
         length: tokens of the document that have been read.
@@ -71,9 +71,7 @@ class Lane:
 
     def _kept(self, past: Past | None, new: tuple[Tensor, Tensor, Tensor], keep: int) -> Past:
         k, v, far_k = new
-        kept_k, kept_v = (
-            self._newest(old, x, keep) for old, x in ((past and past.k, k), (past and past.v, v))
-        )
+        kept_k, kept_v = (self._newest(old, x, keep) for old, x in ((past and past.k, k), (past and past.v, v)))
         same = far_k is k and (past is None or past.far_k is past.k)
         return Past(kept_k, kept_v, kept_k if same else self._newest(past and past.far_k, far_k, keep))
 

@@ -214,9 +214,7 @@ def pack_documents(
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
     input_ids = np.concatenate([d.input_ids for d in documents])
     labels = np.concatenate([d.labels for d in documents])
-    position_ids = np.concatenate(
-        [np.arange(n) + (d.start or 0) for n, d in zip(lengths, documents, strict=True)]
-    )
+    position_ids = np.concatenate([np.arange(n) + (d.start or 0) for n, d in zip(lengths, documents, strict=True)])
     return PackedBatch(
         input_ids=torch.from_numpy(input_ids).long(),
         labels=torch.from_numpy(labels).long(),

@@ -82,7 +82,11 @@ class TransformerConfig(StrictModel):
             raise ValueError(f"the head width {self.head_width} must be even for rotary positions")
         for layer in self.memory.layers if self.memory else ():
             if layer >= self.depth or self.layer_window(layer) is None:
-                what = f"there are {self.depth}" if layer >= self.depth else f"windows {list(self.windows)} gives it all tokens"
+                what = (
+                    f"there are {self.depth}"
+                    if layer >= self.depth
+                    else f"windows {list(self.windows)} gives it all tokens"
+                )
                 raise ValueError(f"memory.layers names layer {layer}, but {what}; a memory begins where a window ends")
         if self.picture_positions == "grid" and self.head_width % 8:
             raise ValueError(f"the head width {self.head_width} must be a multiple of 8 for picture_positions: grid")
@@ -119,8 +123,9 @@ class Attention(nn.Module):
         self.out = nn.Linear(self.heads * self.head_dim, config.width, bias=False)
         self.q_norm = config.make_norm(self.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = config.make_norm(self.head_dim) if config.qk_norm else nn.Identity()
-        remembers = config.memory is not None and layer in config.memory.layers
-        self.memory = LayerMemory(config.memory, config.rope, self.heads, self.head_dim) if remembers else None
+        self.memory: LayerMemory | None = None
+        if config.memory is not None and layer in config.memory.layers:
+            self.memory = LayerMemory(config.memory, config.rope, self.heads, self.head_dim)
 
     def set_context(self, config: TransformerConfig) -> None:
         """Takes over positions and windows."""
@@ -142,7 +147,9 @@ class Attention(nn.Module):
     def attend(self, projected: tuple[Tensor, ...], layout: DocumentLayout, cache: Cache | None) -> Tensor:
         """What the tokens of a document tell each other, from what `project` gave: (T, H, d)."""
         q, k, v, *plain = projected
-        far = None if self.memory is None or self.window is None else self.memory.far(q, k, *plain, self.window)
+        far = None
+        if self.memory is not None and self.window is not None:
+            far = self.memory.far(q, k, plain[0], plain[1], self.window)
         if cache is None:
             return sequence_attention(q, k, v, layout, window=self.window, backend=self.backend, far=far)
         return cache.attend(self.layer, q, k, v, layout, window=self.window, backend=self.backend, far=far)

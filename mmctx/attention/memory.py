@@ -106,24 +106,26 @@ def memory_attention(
     Returns:
         (T, H, d).
     """
-    tensors = (q, k, v) if far is None else (q, k, v, far.q, far.k)
+    tensors: tuple[Tensor, ...] = (q, k, v) if far is None else (q, k, v, far.q, far.k)
     if not q.is_meta and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         tensors = tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
-    q, k, v = tensors[:3]
-    far = far and replace(far, q=tensors[3], k=tensors[4])
+    q, k, v, *beyond = tensors
+    far = far and replace(far, q=beyond[0], k=beyond[1])
     lengths = layout.lengths
     reaching = [n for n in range(layout.num_causal) if lengths[n] > window or (n == 0 and past is not None)]
     if not reaching:
         out = attention(q, k, v, layout, window=window, backend=backend)
-        return out if far is None else out + (far.gate.sum() * 0).to(out.dtype)  # a gradient for the gate, whatever there is to read
+        if far is not None:  # the gate has a gradient whatever there is to read: other ranks may wait for it
+            out = out + (far.gate.sum() * 0).to(out.dtype)
+        return out
     parts = list(zip(*(x.split(lengths) for x in (q, k, v)), strict=True))
     outputs: dict[int, Tensor] = {}
     rest = [n for n in range(len(lengths)) if n not in reaching]
     if rest:
         some = _without(layout, reaching, rest)
-        joined = [torch.cat([parts[n][i] for n in rest]) for i in range(3)]
-        found = attention(*joined, some, window=window, backend=backend)
+        rest_q, rest_k, rest_v = (torch.cat([parts[n][i] for n in rest]) for i in range(3))
+        found = attention(rest_q, rest_k, rest_v, some, window=window, backend=backend)
         outputs |= dict(zip(rest, found.split(some.lengths), strict=True))
     apart = None if far is None else list(zip(far.q.split(lengths), far.k.split(lengths), strict=True))
     for n in reaching:

@@ -23,9 +23,7 @@ KEYS = 4096
 _BLOCK = 16  # keys whose maximum stands for them at first: the k best keys lie in the k best blocks
 
 
-def search(
-    q: Tensor, k: Tensor, *, first: int, window: int, tokens: int, top_k: int, engine: str = "torch"
-) -> Tensor:
+def search(q: Tensor, k: Tensor, *, first: int, window: int, tokens: int, top_k: int, engine: str = "torch") -> Tensor:
     """Which keys beyond the window have the largest products with each query.
 
     The query with number i stands at key `first + i`; it may find keys at distances `window <= distance < window + tokens`.
@@ -54,7 +52,13 @@ def search(
         oldest, newest = max(first + start - window - tokens + 1, 0), first + stop - 1 - window
         if newest < 0:
             continue
-        best = ask(start, stop, oldest, newest + 1, _Reach(at - window, tokens, first + start - window, first + stop - 1 - window))
+        best = ask(
+            start,
+            stop,
+            oldest,
+            newest + 1,
+            _Reach(at - window, tokens, first + start - window, first + stop - 1 - window),
+        )
         found[:, :, start:stop] = best
     return found
 
@@ -104,7 +108,8 @@ class _Best:
 
     def result(self) -> Tensor:
         """(K, G, n, k) int32."""
-        assert self.scores is not None and self.ids is not None
+        assert self.scores is not None
+        assert self.ids is not None
         ids = torch.where(self.scores > -torch.inf, self.ids, -1).to(torch.int32)
         return F.pad(ids, (0, self.count - ids.shape[-1]), value=-1)
 
@@ -132,7 +137,7 @@ class _Torch:
 
 
 class _Faiss(_Torch):
-    """Keys that all queries of a tile may find are searched by faiss (Douze et al. 2024), on the host; those at the edges as by `_Torch`."""
+    """Keys that all queries of a tile may find are searched by faiss (Douze et al. 2024), on the host, those at the edges by `_Torch`."""
 
     def __init__(self, q: Tensor, k: Tensor, count: int) -> None:
         super().__init__(q, k, count)
@@ -206,5 +211,3 @@ def load_faiss() -> Any:
             "model.transformer.memory.search=faiss: faiss is not installed: pip install 'mmctx[memory]', or set search=torch"
         ) from None
     return faiss
-
-

@@ -16,12 +16,13 @@ _OBSERVED = "hidden states"
 
 
 def audit_lane(subject: Subject, mode: Mode, report: AuditReport) -> None:
-    """Reads the batch on a fresh lane, and once more behind itself: as a new document, where no bit may change, and as a further piece, where
-    something must, or the check sees nothing.
+    """Reads the batch on a fresh lane, and once more behind itself: as a new document, where no bit may change, and as a further piece,
+    where something must, or the check sees nothing.
 
     Only where the first document is causal, and a layer has a window to carry.
     """
-    windows = [block.attention.window for block in subject.model.trunk.blocks]  # type: ignore[union-attr]
+    config = subject.model.trunk.config
+    windows = [config.layer_window(layer) for layer in range(config.depth)]
     if not subject.owned.causal[0] or not any(window is not None and window > 1 for window in windows):
         return
     fresh, behind = Lane(), Lane()

@@ -30,7 +30,8 @@ def sequence_attention(
     backend: str = "auto",
     far: Far | None = None,
 ) -> Tensor:
-    """`mmctx.attention.attention`, or with `far` `memory_attention`, of this rank's tokens to all tokens of their documents, wherever those lie.
+    """`mmctx.attention.attention`, or with `far` `memory_attention`, of this rank's tokens to all tokens of their documents, wherever
+    those lie.
 
     Without `layout.shards` all tokens are here, and it is `attention` itself.
 

@@ -39,9 +39,7 @@ def gradients(out: Tensor, inputs: list[Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad((out.double() * direction).sum(), inputs))
 
 
-def dense(
-    q: Tensor, k: Tensor, v: Tensor, far: Far, layout: DocumentLayout, window: int
-) -> Tensor:
+def dense(q: Tensor, k: Tensor, v: Tensor, far: Far, layout: DocumentLayout, window: int) -> Tensor:
     """All scores of all tokens in float64, the k best beyond the window picked by a full sort."""
     q, k, v, far_q, far_k = (x.double() for x in (q, k, v, far.q, far.k))
     group = q.shape[1] // k.shape[1]
@@ -60,7 +58,10 @@ def dense(
 
 
 @pytest.mark.parametrize("engine", ["torch", "faiss"])
-@pytest.mark.parametrize(("keys", "first", "window", "tokens", "count"), [(9000, 8700, 20, 7000, 8), (700, 400, 1, 700, 300), (300, 0, 30, 50, 16)])
+@pytest.mark.parametrize(
+    ("keys", "first", "window", "tokens", "count"),
+    [(9000, 8700, 20, 7000, 8), (700, 400, 1, 700, 300), (300, 0, 30, 50, 16)],
+)
 def test_search_equals_brute_force(engine: str, keys: int, first: int, window: int, tokens: int, count: int) -> None:
     if engine == "faiss":
         pytest.importorskip("faiss")
@@ -213,11 +214,15 @@ def test_clamped_keys_stand_right_behind_the_window(scaling: Any) -> None:
     rotary = Rotary(rope, 8)
     for place in (0, 7, 100_000):  # wherever both stand, 16 apart
         there, here = (rotate(x, *rotary(torch.full((50,), p), x.dtype)) for x, p in ((q, place + 16), (k, place)))
-        torch.testing.assert_close((far.q * far.k).sum(-1), (there * here).sum(-1), atol=1e-2 if place > 7 else 1e-5, rtol=1e-3)
+        torch.testing.assert_close(
+            (far.q * far.k).sum(-1), (there * here).sum(-1), atol=1e-2 if place > 7 else 1e-5, rtol=1e-3
+        )
 
 
 @pytest.mark.parametrize("checkpoint", ["full", "selective"])
-def test_checkpointing_changes_nothing_and_selective_searches_once(checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpointing_changes_nothing_and_selective_searches_once(
+    checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     x, positions, layout = documents((150, 40, 90), 3)
     plain, kept = (trunk(MemoryConfig(layers=(0, 1), top_k=4)).train() for _ in range(2))
     kept.set_activations(ActivationsConfig(checkpoint=checkpoint, mlp_tile=64))

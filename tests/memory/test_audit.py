@@ -92,7 +92,9 @@ def test_a_memory_that_crosses_documents_is_found(run: Run, monkeypatch: pytest.
     report = audit_batch(model, batch, documents, modes=[PLAIN])
     assert leaking(report) >= {("token", "hidden states"), ("gradient", "embeddings")}
     pair = {(0, 1)} if bug is of_the_document_before else set()
-    assert pair <= {(leak.source.document, leak.victim.document) for leak in report.leaks if leak.source and leak.victim}
+    assert pair <= {
+        (leak.source.document, leak.victim.document) for leak in report.leaks if leak.source and leak.victim
+    }
 
 
 def test_a_search_that_sees_the_future_is_found(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
