@@ -19,6 +19,7 @@ import numpy as np
 from mmctx.datasets.build.recall_words import (
     CODE,
     FILLER,
+    FIRST_SHOWN,
     KEYS,
     NAMES,
     NUM_PICTURES,
@@ -152,7 +153,9 @@ class _Writer:
             "needle": [(*map(Piece, CODE), Piece(word)) for word in rng.permutation(NAMES).tolist()],
             "picture": [(Piece(picture=number),) for number in rng.permutation(NUM_PICTURES).tolist()],
         }  # fmt: skip
-        self.keys[SHOWN] = self.keys["recall"]  # the same words: a key may have either kind of value
+        if SHOWN in shares:  # one half of the pictures are keys, the others values
+            self.keys["picture"] = [key for key in self.keys["picture"] if key[0].picture < FIRST_SHOWN]
+            self.keys[SHOWN] = self.keys["recall"]  # the same words: a key may have either kind of value
 
     def write(self) -> RecallDocument:
         each = max(1, min(_MOST_ASKED, self.length // _TOKENS_PER_ASKED))
@@ -181,7 +184,7 @@ class _Writer:
         if not self.keys[kind]:
             kind = "recall"  # there are few pictures
         if kind == SHOWN:
-            picture = int(self.rng.integers(NUM_PICTURES))
+            picture = int(self.rng.integers(FIRST_SHOWN, NUM_PICTURES))
             return Fact(kind, self.keys[kind].pop(), value_shown(picture), picture)
         return Fact(kind, self.keys[kind].pop(), VALUES[self.rng.integers(len(VALUES))])
 

@@ -33,6 +33,8 @@ PICTURE_SIZE = 32
 _SHAPES = ("disc", "ring", "square", "frame", "cross", "bars", "triangle", "diamond")
 _COLORS = 12
 NUM_PICTURES = len(_SHAPES) * _COLORS
+FIRST_SHOWN = NUM_PICTURES // 2
+"""Where there are facts of kind `SHOWN`, pictures from here on are values, those before it keys."""
 
 
 def value_shown(number: int) -> str:

@@ -16,6 +16,7 @@ from mmctx.eval.suites.caption import evaluate_caption
 from mmctx.eval.suites.loss import evaluate_loss
 from mmctx.eval.suites.loss_by_position import evaluate_loss_by_position, position_headline
 from mmctx.eval.suites.masked_lm import evaluate_masked_lm
+from mmctx.eval.suites.memory_recall import evaluate_memory_recall, memory_recall_headline
 from mmctx.eval.suites.needle import evaluate_needle
 from mmctx.eval.suites.next_sentence import evaluate_next_sentence
 from mmctx.eval.suites.passkey import evaluate_passkey
@@ -64,6 +65,7 @@ SUITES: dict[str, Suite] = {
     "masked_lm": Suite(evaluate_masked_lm),
     "next_sentence": Suite(evaluate_next_sentence),
     "recall": Suite(evaluate_recall, recall_headline),
+    "memory_recall": Suite(evaluate_memory_recall, memory_recall_headline),
     "needle": Suite(evaluate_needle, grid_headline, lambda config: check_haystack(config.needle.haystack)),
     "passkey": Suite(evaluate_passkey, grid_headline, lambda config: check_haystack(config.passkey.haystack)),
     "world": Suite(evaluate_world, grid_headline, lambda config: check_haystack(config.world.haystack)),
