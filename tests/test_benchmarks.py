@@ -126,3 +126,13 @@ def test_sequence_parallel():
     assert result["gradient_error"] < 1e-5
     assert max(result["kept"]["ranks"]) < 0.75 * result["kept"]["one process"]
     assert set(result["faster_than"]) == {"one process, one thread", "one process, two threads"}
+
+
+def test_memory_attention():
+    pytest.importorskip("faiss")
+    result = run("memory_attention.py")
+    names = {"full attention", "windows alone", "memory, all", "memory, all, faiss", "memory, 16k"}
+    assert set(result["sides"]) == set(result["growth"]) == names
+    for points in result["sides"].values():
+        assert set(points) == {"256", "512"}
+        assert all(point["processor"] > 0 and point["gflops"] > 0 for point in points.values())

@@ -45,7 +45,7 @@ class MemoryConfig(StrictModel):
     """clamped: every key beyond the window is compared as if it stood right behind it, so that no distance is ever beyond what was
     trained. exact: at its own distance, which makes it full attention where `top_k` covers all."""
     search: Literal["torch", "faiss"] = "torch"
-    """What searches, both exactly: faiss (`pip install 'mmctx[memory]'`) on the host."""
+    """What searches, both exactly: faiss (`pip install 'mmctx[faiss]'`) on the host."""
 
     @field_validator("layers")
     @classmethod

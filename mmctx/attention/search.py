@@ -208,6 +208,6 @@ def load_faiss() -> Any:
         import faiss
     except ImportError:
         raise MmctxError(
-            "model.transformer.memory.search=faiss: faiss is not installed: pip install 'mmctx[memory]', or set search=torch"
+            "model.transformer.memory.search=faiss: faiss is not installed: pip install 'mmctx[faiss]', or set search=torch"
         ) from None
     return faiss
