@@ -24,7 +24,7 @@ test: setup
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
 quick: setup
-	$(BIN)/python -m pytest -m "not slow" -x -q
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow" -x -q
 
 lint: setup
 	$(BIN)/ruff check .

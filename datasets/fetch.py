@@ -87,7 +87,7 @@ class PackedDataset(Dataset[PackedBatch]):
             SampleError: the sample cannot be decoded or lacks what an objective needs.
         """
         table, augmentation = self.tables[source_number], self._augmentations[source_number]
-        sample = self._sample(source_number, sample_id)
+        sample = self.sample(source_number, sample_id)
         drawn_from = (self.seed, "augment", table.source.name, sample.key, epoch)
         if augmentation is not None:
             sample = augmentation.sample(sample, derive_key(*drawn_from))
@@ -140,7 +140,7 @@ class PackedDataset(Dataset[PackedBatch]):
         other.undecodable = self.undecodable
         return other
 
-    def _sample(self, source_number: int, sample_id: int) -> Sample:
+    def sample(self, source_number: int, sample_id: int) -> Sample:
         """The decoded sample, from the cache if it is there. What no longer fits is decoded anew each time: a set is read round and round,
         so making room would only throw out what is wanted next.
         """

@@ -19,6 +19,7 @@ from mmctx.model import MmctxModel
 from mmctx.pack import PackedBatch
 from mmctx.train.audit import audit
 from mmctx.train.build import build_model as _build_model
+from mmctx.train.card import write_card
 from mmctx.train.checkpoints.layout import list_checkpoints, resolve_checkpoint
 from mmctx.train.checkpoints.load import load_model, load_run_config, read_model
 from mmctx.train.checkpoints.manifest import verify
@@ -81,6 +82,7 @@ def evaluate(
     about = {"step": state.step, "tokens": state.tokens, "weights": config.eval.weights}
     results = add_results(run_dir, about | {"train_seconds": round(state.train_seconds, 1)} | found)
     write_report(run_dir, results, config, context.data, batch=_first_batch(_with_tokenizer(config, folder)))
+    write_card(folder, run_dir)
     return results
 
 

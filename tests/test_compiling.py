@@ -47,6 +47,7 @@ def fresh_compiler():
     [{}, {"checkpoint": "full"}, {"checkpoint": "selective"}, {"checkpoint": "full", "every": 2, "mlp_tile": 16}],
     ids=str,
 )
+@pytest.mark.slow
 def test_other_lengths_compile_nothing_new(activations: dict[str, Any]) -> None:
     trunk, eager = make_trunk(), make_trunk()
     trunk.set_activations(ActivationsConfig.model_validate(activations))
@@ -64,6 +65,7 @@ def test_other_lengths_compile_nothing_new(activations: dict[str, Any]) -> None:
     assert not counters["graph_break"]
 
 
+@pytest.mark.slow
 def test_dropout_of_recomputed_blocks_is_the_same_twice() -> None:
     """Were the masks others, a recomputed block's gradient would not be that of its forward pass."""
     found = []

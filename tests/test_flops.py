@@ -169,6 +169,7 @@ def test_a_mixed_batch_costs_what_pytorch_counts(tree: dict[str, Any]) -> None:
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 
 
+@pytest.mark.slow
 def test_the_demo_model_costs_what_pytorch_counts_within_a_hundredth(tree: dict[str, Any]) -> None:
     """The demo's model, objectives and bins, over pictures, sounds and texts that need not be built first."""
     demo = yaml.safe_load(DEMO.read_text())

@@ -18,6 +18,7 @@ from mmctx.config import build_config, load_config
 from mmctx.datasets.config import DataConfig
 from mmctx.eval import known_suites
 from mmctx.train.config import RunConfig
+from mmctx.train.sweep.config import SweepConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -42,7 +43,7 @@ def test_commands_parse(line: str) -> None:
     overrides = context.params.get("overrides") or []
     config = context.params.get("config")
     if config is not None:
-        load_config(RunConfig, ROOT / config, overrides)
+        load_config(SweepConfig if command.name == "sweep" else RunConfig, ROOT / config, overrides)
     assert context.command is command
 
 

@@ -78,6 +78,14 @@ def test_spoken_digits_learn_tones(digits: Path, tmp_path: Path) -> None:
     assert set(scores["per_class"]) == set(WORDS)
     assert found["caption"]["audio_exact"] > 0.9
     assert found["swapped_media"]["captioning"]["low"] > 0.5  # with another clip before it the word is a surprise
+    probe = found["probe"]["audio"]
+    assert (probe["n_train"], probe["n"], probe["classes"]) == (150, 50, 10)
+    assert probe["input"]["linear"]["accuracy"] > 0.9
+    robust = found["robustness"]["zero_shot"]
+    assert set(robust) == {"audio/noise", "audio/speed"}
+    for curves in robust.values():
+        assert curves["audio/captioning"]["top1"][0] == scores["top1"]
+    assert robust["audio/speed"]["audio/captioning"]["top1"][-1] < 0.5  # another speed is another digit here
 
 
 COLOURS = {

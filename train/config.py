@@ -25,13 +25,32 @@ from mmctx.train.stages import Stage, StageConfig, resolve_stages
 from mmctx.train.trackers import TrackerName
 
 
+class CardConfig(StrictModel):
+    """What only people can say of a model; the rest of its card (`README.md` of a checkpoint) is written from the run."""
+
+    summary: str | None = None
+    """What it is, in a sentence or two."""
+    license: str | None = None
+    """Of the weights, as the Hugging Face hub names it, such as apache-2.0."""
+    data_licenses: dict[str, str] = Field(default_factory=dict)
+    """Licence of each source of data."""
+    languages: tuple[str, ...] = ()
+    """Codes of the languages it reads, such as en, zh."""
+    intended_use: str | None = None
+    """What it is for, and for whom."""
+    limits: tuple[str, ...] = ()
+    """What it is not for, and what is known to go wrong."""
+
+
 class RunInfo(StrictModel):
-    """Where the run lives."""
+    """Where the run lives, and what is said of its model."""
 
     name: str
     """Folder of the run below `dir`."""
     dir: str = "runs"
     """Folder of all runs."""
+    card: CardConfig = CardConfig()
+    """What the model card says besides numbers."""
 
 
 class TrainConfig(StrictModel):
@@ -128,6 +147,10 @@ class RunConfig(StrictModel):
             raise ValueError(
                 f"train.{used[0]} cannot be had with train.sequence_parallel={ranks} and dropout, whose masks are those of the whole "
                 "sequence; set model.transformer.dropout=0"
+            )
+        if unknown := self.run.card.data_licenses.keys() - self.data.sources.keys():
+            raise ValueError(
+                f"run.card.data_licenses names {min(unknown)!r}, but data.sources has {', '.join(sorted(self.data.sources))}"
             )
         for where, sources in (("data", self.data.sources), ("eval", self.eval.sources)):
             for name, source in sources.items():

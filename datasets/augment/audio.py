@@ -22,13 +22,17 @@ def augment_waveform(waveform: Tensor, config: AudioAugmentConfig, rate: int) ->
 
     speed = config.speeds[int(torch.randint(len(config.speeds), ()))]
     if speed != 1.0:
-        with one_thread():
-            faster, _ = _speed(rate, speed)(waveform)
-        waveform = _of_length(faster, len(waveform))
+        waveform = _of_length(change_speed(waveform, speed, rate), len(waveform))
     if config.noise_snr is not None:
         low, high = config.noise_snr
         waveform = add_noise(waveform, torch.randn_like(waveform), low + (high - low) * torch.rand(()))
     return waveform
+
+
+def change_speed(waveform: Tensor, speed: float, rate: int) -> Tensor:
+    """(n,) float32 at `rate` Hz, played so many times faster, which raises its pitch as well -> (about n / speed,)."""
+    with one_thread():
+        return _speed(rate, speed)(waveform)[0]
 
 
 def mask_frames(frames: Tensor, config: AudioAugmentConfig) -> Tensor:

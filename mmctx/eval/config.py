@@ -13,6 +13,8 @@ from mmctx.eval.suite_config import (
     AttributionConfig,
     CaptionEvalConfig,
     LossByPositionConfig,
+    ProbeConfig,
+    RobustnessConfig,
     StsConfig,
     ZeroShotConfig,
 )
@@ -49,6 +51,10 @@ class EvalConfig(StrictModel):
     """Suite `world`: stories of people, places and objects, spread over a haystack."""
     sts: StsConfig = StsConfig()
     """Suite `sts`."""
+    probe: ProbeConfig = ProbeConfig()
+    """Suite `probe`."""
+    robustness: RobustnessConfig = RobustnessConfig()
+    """Suite `robustness`."""
     attribution: AttributionConfig = AttributionConfig()
     """The suite `attribution`."""
 

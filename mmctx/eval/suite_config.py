@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 from pydantic import Field, model_validator
 
 from mmctx.config import StrictModel
+from mmctx.datasets.config import SourceConfig
+from mmctx.eval.corruptions import CORRUPTIONS, SEVEREST
 
 
 class CaptionEvalConfig(StrictModel):
@@ -48,6 +51,48 @@ class StsConfig(StrictModel):
     """Named tables of sentence pairs with a score of how alike they are: CSV, or TSV by that ending."""
     columns: tuple[int | str, int | str, int | str] = (0, 1, 2)
     """Where both sentences and the score stand: numbers from 0, or names, which mean that the first line is a header."""
+
+
+class ProbeConfig(StrictModel):
+    """Suite `probe`."""
+
+    labels: dict[str, str] = Field(default_factory=dict)
+    """Which views are classified, and where the class of each stands: a member's extension, or `json:dotted.path` inside `KEY.json`; such
+    as `{image: "json:group", audio: "json:voice"}`. Views are `image`, `audio` and the source's texts `text0`, `text1`, ..."""
+    train: str | SourceConfig | None = None
+    """Samples to fit on: one of the run's training sources by its name, or labelled shards of their own. null: all training sources."""
+    samples: int = Field(default=5000, ge=2)
+    """How many of them are read at most, drawn at random."""
+    neighbours: tuple[Annotated[int, Field(ge=1)], ...] = (1, 5, 20)
+    """The k of k-NN."""
+    inverse_penalties: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        default=(1e-3, 1e-2, 0.1, 1, 10, 100), min_length=1
+    )
+    """The C of the linear probe, one of which is chosen on a fifth of the samples to fit on."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ProbeConfig:
+        for view in self.labels:
+            if not re.fullmatch(r"image|audio|text\d+", view):
+                raise ValueError(f"labels knows the views image, audio, text0, text1, ..., not {view!r}")
+        return self
+
+
+class RobustnessConfig(StrictModel):
+    """Suite `robustness`."""
+
+    corruptions: tuple[str, ...] = tuple(CORRUPTIONS)
+    """What is done to held-out samples, each by itself."""
+    severities: tuple[Annotated[int, Field(ge=1, le=SEVEREST)], ...] = tuple(range(1, SEVEREST + 1))
+    """How badly: from 1 up to 5, beside 0, which is the sample as it is."""
+
+    @model_validator(mode="after")
+    def _check(self) -> RobustnessConfig:
+        if unknown := [name for name in self.corruptions if name not in CORRUPTIONS]:
+            raise ValueError(f"corruptions knows {', '.join(CORRUPTIONS)}, not {unknown[0]!r}")
+        if list(self.severities) != sorted(set(self.severities)):
+            raise ValueError(f"severities {list(self.severities)} must rise")
+        return self
 
 
 class LossByPositionConfig(StrictModel):

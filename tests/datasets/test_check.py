@@ -112,6 +112,7 @@ def test_many_warnings_are_counted_but_not_all_kept(tmp_path: Path) -> None:
     assert (result.counts, len(result.findings)) == ({"odd_name": 130}, 100)
 
 
+@pytest.mark.slow
 def test_a_bomb_is_refused_by_its_header() -> None:
     code = """
 import io, sys

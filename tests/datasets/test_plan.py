@@ -77,6 +77,7 @@ def drawn(plan: Plan, steps: range) -> list[tuple[int, int, int, int]]:
     seed=st.integers(0, 1000),
 )
 @settings(max_examples=10, deadline=None)
+@pytest.mark.slow
 def test_any_plan_reads_every_sample_once_an_epoch_within_its_limits(tokens, settings_, seed: int) -> None:
     tokens = np.array(tokens)
     table = ArrayTable(tokens, images=np.arange(len(tokens)) % 4)

@@ -239,7 +239,7 @@ def test_all_parts_of_a_split_sample_are_planned(data: RunData, context_length: 
         units = table.units(np.arange(table.num_samples))
         parts = Counter(units.owner.tolist())
         for sample_id, count in parts.items():
-            sample = changed.dataset._sample(number, sample_id)
+            sample = changed.dataset.sample(number, sample_id)
             segments = sample.segments if sample.segments is not None else sample.texts
             text = [token for piece in segments if isinstance(piece, np.ndarray) for token in piece.tolist()]
             found = []

@@ -94,6 +94,7 @@ def test_source_stats_agree_with_what_was_written(tmp_path: Path, tokenizer) -> 
     assert len(found["sample tokens"]) == 8
 
 
+@pytest.mark.slow
 def test_the_command_forecasts_and_draws(tree: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="--plot needs the `plot` extra")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))

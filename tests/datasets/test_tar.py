@@ -123,6 +123,7 @@ name_parts = st.text(st.characters(codec="utf-8", exclude_characters="/\0\n\r", 
     format=st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
 )
 @settings(max_examples=30, deadline=None)
+@pytest.mark.slow
 def test_any_names_and_sizes_come_back(tmp_path_factory, files, format):
     path = tmp_path_factory.getbasetemp() / "any-names.tar"
     write_tar(path, [(name, bytes([n % 251]) * size) for n, (name, size) in enumerate(files)], format)

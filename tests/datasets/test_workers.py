@@ -98,6 +98,7 @@ def test_errors_of_samples_come_through_as_they_are(tree: dict[str, Any], corpus
         list(loader_of(data))
 
 
+@pytest.mark.slow
 def test_workers_end_with_the_iterator_and_with_the_process(tree: dict[str, Any], tmp_path: Path) -> None:
     """They ignore SIGTERM, by which multiprocessing would end them."""
     tree["data"]["num_workers"] = 2

@@ -106,6 +106,11 @@ def all_results(edge: int = 1024) -> dict[str, Any]:
         str(length): {"all": score(0.9), "recall": score(0.9), "depths": {"0-0.5": score(0.8), "0.5-1": score(1.0)}}
         for length in lengths
     }
+    known = {"accuracy": 0.8, "low": 0.7, "high": 0.9}
+    probe = {"linear": known | {"C": 0.1}, "1-NN": known, "5-NN": known}
+    curve = {"R@1": [0.5, 0.3, 0.1], "R@10": [0.9, 0.7, 0.2], "chance": {"R@1": 0.05, "R@10": 0.5}, "n": 20}
+    curve["interval"] = {cut: [[y - 0.1, y + 0.1] for y in curve[cut]] for cut in ("R@1", "R@10")}
+    top = {"top1": [0.9, 0.8, 0.4], "low": [0.8, 0.7, 0.3], "high": [1.0, 0.9, 0.5], "chance": 0.1, "n": 20}
     caption = {f"image_{name}": 0.5 for name in ("cer", "wer", "exact", "bleu_4", "rouge_l")}
     return {
         "retrieval": {"image_to_text": recall, "text_to_image": recall},
@@ -137,6 +142,16 @@ def all_results(edge: int = 1024) -> dict[str, Any]:
             }
         },
         "sts": {"en": {"spearman": 0.82, "low": 0.8, "high": 0.84, "n": 1379}},
+        "probe": {
+            "image": {"input": probe, "trunk": probe, "embedding": probe, "label": ATTACK, "classes": 10}
+            | {"n_train": 500, "n": 250, "unseen": 1, "chance": 0.1, "majority": 0.15}
+        },
+        "robustness": {
+            "severities": [0, 1, 5],
+            "levels": {"image/noise": [0.08, 0.38], "image/blur": [1, 6], "audio/speed": [1.1, 2.0]},
+            "retrieval": {f"image/{name}": {"image_to_text": curve} for name in ("noise", "blur")},
+            "zero_shot": {"audio/speed": {"audio/captioning": top}},
+        },
         "attribution": attribution(),
         "loss_by_position": {
             "modalities": {name: {"edges": [[0, 16], [16, 32], [32, 64]], **band} for name in ("all", "image")},

@@ -49,6 +49,7 @@ def at_chance(share: float, chance: float, n: int) -> bool:
     return abs(share - chance) <= 4 * math.sqrt(chance * (1 - chance) / n)
 
 
+@pytest.mark.slow
 def test_an_oracle_answers_everything_and_nothing_without_the_needles(context: EvalContext) -> None:
     found = run(context, Knowing(context), "needle", "passkey", "world")
     removed = []
@@ -141,6 +142,7 @@ def test_a_model_that_copies_answers_what_can_be_copied(context: EvalContext) ->
         assert part["effective"]["ruler"]["length"] == 0
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_numbers_of_one(tree: dict[str, Any]) -> None:
     grid = {"lengths": [512], "depths": [0.2, 0.9], "samples": 2, "candidates": 3}
     kinds = ["single", "multi_query", "picture", "sound_count", "picture_sound"]
@@ -161,6 +163,7 @@ def test_two_ranks_give_the_numbers_of_one(tree: dict[str, Any]) -> None:
         assert together == alone
 
 
+@pytest.mark.slow
 def test_a_real_model_is_asked_in_the_precision_of_its_run(tree: dict[str, Any]) -> None:
     kinds = ["single", "picture_count", "sound_value"]
     tree["eval"] |= {"needle": GRID | {"lengths": [512], "kinds": kinds, "digits": 3}}

@@ -28,6 +28,7 @@ class TestInABrowser:
 
     @pytest.mark.parametrize("num_runs", [1, 2])
     @pytest.mark.parametrize("width", [1280, 390])
+    @pytest.mark.slow
     def test_nothing_sticks_out(self, two_runs: tuple[Path, Path], tmp_path: Path, num_runs: int, width: int) -> None:
         page = mmctx.report(*two_runs[:num_runs], out=tmp_path / "page.html")
         found = measure(page, tmp_path, width)

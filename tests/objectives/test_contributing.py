@@ -36,7 +36,7 @@ def test_the_example_is_an_objective(tree: dict[str, Any], tmp_path: Path, monke
         pre, ids = table.preprocessors, np.arange(4)
         lengths = half.lengths(table.source.sizes(ids, pre.image_tokens, pre.audio_tokens))
         for sample_id in ids.tolist():
-            sample = data.dataset._sample(number, sample_id)
+            sample = data.dataset.sample(number, sample_id)
             found = half.documents(sample, np.random.default_rng(0))
             assert [len(d.input_ids) for d in found] == [n for n in lengths[sample_id].tolist() if n]
             assert all((d.labels != IGNORE_INDEX).sum() == 1 for d in found)

@@ -267,5 +267,5 @@ def test_a_checkpoint_holds_no_pickle(run) -> None:
     r.save()
     r.saver.finish()
     kinds = {path.suffix for path in (r.run_dir / "checkpoint-1").rglob("*") if path.is_file()}
-    assert kinds <= {".safetensors", ".json", ".jinja", ""}
+    assert kinds <= {".safetensors", ".json", ".jinja", ".md", ".py", ""}
     assert json.loads((r.run_dir / "checkpoint-1" / "manifest.json").read_text())["step"] == 1

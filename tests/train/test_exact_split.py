@@ -42,6 +42,7 @@ def alone(everything: dict[str, Any]):
     return run
 
 
+@pytest.mark.slow
 def test_micro_batches_change_nothing(alone) -> None:
     found = alone(1, 2, 4, 7)
     for (case, accumulation), tensors in found.items():

@@ -97,6 +97,7 @@ def estimated_step(estimate: dict[str, Any]) -> int:
 
 
 @pytest.mark.parametrize("activations", POLICIES, ids=str)
+@pytest.mark.slow
 def test_the_peak_is_foretold_for_every_policy(tree: dict[str, Any], activations: dict[str, Any]) -> None:
     tree["train"]["activations"] = activations
     tree["data"]["bins_per_step"] = 1 + len(activations) % 2
@@ -110,6 +111,7 @@ def test_the_peak_is_foretold_for_every_policy(tree: dict[str, Any], activations
 
 @pytest.mark.parametrize("activations", [{}, {"checkpoint": "full"}, {"checkpoint": "selective"}], ids=str)
 @pytest.mark.parametrize("window", [None, 150])
+@pytest.mark.slow
 def test_a_long_document_is_foretold(
     tree: dict[str, Any], tmp_path: Path, activations: dict[str, Any], window: int | None
 ) -> None:
@@ -125,6 +127,7 @@ def test_a_long_document_is_foretold(
     assert estimated_step(estimate) == pytest.approx(measure_step(config, batch, vocab_size), rel=0.15)
 
 
+@pytest.mark.slow
 def test_parts_make_the_total_and_the_peak_has_a_place(tree: dict[str, Any]) -> None:
     tree["data"]["bins_per_step"] = 2
     config, batch, vocab_size = open_run(tree)

@@ -120,6 +120,7 @@ def test_no_sample_vanishes_that_a_step_not_made_would_have_left_out(reader: Rea
     assert reader.first_epoch("triples") | recorded == set(range(48))
 
 
+@pytest.mark.slow
 def test_a_quarantine_list_may_be_written_anew_where_it_lies(tree: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "quarantine.jsonl"
     tree["data"]["quarantine"] = str(path)

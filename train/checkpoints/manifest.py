@@ -13,6 +13,8 @@ from mmctx.train.checkpoints.files import flush, read_json, write_json
 MANIFEST, COMPLETE = "manifest.json", "COMPLETE"
 OPTIMIZER = "trainer/optimizer"
 """Folder, within a checkpoint, of what only a run that goes on needs."""
+CARD = "README.md"
+"""The model card. It is no part of the manifest: evaluations renew it, and people write into it."""
 _SHOWN = 12
 
 
@@ -26,7 +28,7 @@ def seal(folder: Path, about: Mapping[str, Any] | None = None) -> None:
     for old in (folder / COMPLETE, folder / MANIFEST):
         old.unlink(missing_ok=True)
     files = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / CARD):
         files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": _hash(path)}
     write_json(folder / MANIFEST, {**(about or {}), "files": files})
     for path in sorted(folder.rglob("*"), reverse=True):  # what a folder holds before the folder

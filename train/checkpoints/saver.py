@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mmctx.model import MmctxModel
 from mmctx.tokenizer import TextTokenizer
+from mmctx.train.card import write_card
 from mmctx.train.checkpoints.layout import delete, final_path
 from mmctx.train.checkpoints.optimizer_state import named_state
 from mmctx.train.checkpoints.retention import check_metric, superfluous
@@ -132,6 +133,10 @@ class Saver:
         path = write(self.run_dir, contents)
         if path is None:  # the first rank says and deletes
             return
+        try:
+            write_card(path, self.run_dir)
+        except OSError as error:  # the checkpoint itself is whole
+            self.say(f"{path}: no model card could be written: {error}")
         self.say(f"saved {path}")
         for old in superfluous(self.run_dir, self.config.train.keep, contents.state.step, self._ends):
             delete(old)

@@ -20,8 +20,10 @@ from mmctx.eval.suites.memory_recall import evaluate_memory_recall, memory_recal
 from mmctx.eval.suites.needle import evaluate_needle
 from mmctx.eval.suites.next_sentence import evaluate_next_sentence
 from mmctx.eval.suites.passkey import evaluate_passkey
+from mmctx.eval.suites.probe import check_probe, evaluate_probe, probe_headline
 from mmctx.eval.suites.recall import evaluate_recall, recall_headline
 from mmctx.eval.suites.retrieval import evaluate_retrieval, retrieval_headline
+from mmctx.eval.suites.robustness import evaluate_robustness, robustness_headline
 from mmctx.eval.suites.sts import check_sts, evaluate_sts, sts_headline
 from mmctx.eval.suites.swapped_media import evaluate_swapped_media, swapped_headline
 from mmctx.eval.suites.world import evaluate_world
@@ -72,6 +74,8 @@ SUITES: dict[str, Suite] = {
     "zero_shot": Suite(evaluate_zero_shot, zero_shot_headline, check_zero_shot),
     "swapped_media": Suite(evaluate_swapped_media, swapped_headline),
     "sts": Suite(evaluate_sts, sts_headline, check_sts),
+    "probe": Suite(evaluate_probe, probe_headline, check_probe),
+    "robustness": Suite(evaluate_robustness, robustness_headline),
     "attribution": Suite(evaluate_attribution, attribution_headline),
 }
 

@@ -60,13 +60,18 @@ def evaluate_zero_shot(context: EvalContext) -> dict[str, Any]:
     Raises:
         ConfigError: `eval.zero_shot` names no classes.
     """
+    return score_classes(context, "zero_shot", MODALITIES)
+
+
+def score_classes(context: EvalContext, suite: str, media: Sequence[str]) -> dict[str, Any]:
+    """See `evaluate_zero_shot`: of some kinds of media alone, for a suite whose progress is told."""
     config = _classes(context.config)
     results: dict[str, Any] = {}
     for kind, make in {"similarity": _by_similarity, "captioning": _by_captioning}.items():
         for objective in context.names(kind):
             data, bins = context.bins(objective)
-            found = list(each(context.map("zero_shot", bins, make(context, config, data, objective))))
-            for medium in MODALITIES:
+            found = list(each(context.map(suite, bins, make(context, config, data, objective, media))))
+            for medium in media:
                 if mine := [scored for scored in found if scored.kind == medium]:
                     results[f"{medium}/{objective}"] = summarise(mine, list(config.names))
     return results
@@ -135,13 +140,13 @@ def _label(data: RunData, config: ZeroShotConfig, place: Place) -> int | None:
 
 
 def _by_similarity(
-    context: EvalContext, config: ZeroShotConfig, data: RunData, objective: str
+    context: EvalContext, config: ZeroShotConfig, data: RunData, objective: str, media: Sequence[str]
 ) -> Callable[[Bin], list[Scored]]:
     """Media of a bin against the embeddings of the class texts, each against the text view that it is paired with."""
     half = data.dataset.objectives[objective]
     assert isinstance(half, Similarity)
     pairs = ((a, b) for pair in half.config.pairs for a, b in (pair, pair[::-1]))
-    partners = {medium: text for medium, text in pairs if medium in MODALITIES and text.startswith("text")}
+    partners = {medium: text for medium, text in pairs if medium in media and text.startswith("text")}
     texts = [data.tokenizer.encode(text) for written in _texts(config) for text in written]
     samples = [Sample("", "", number) for number in range(len(texts))]
     classes: dict[str, Tensor] = {}
@@ -171,7 +176,7 @@ def _embedded(context: EvalContext, objective: str, documents: Sequence[Document
 
 
 def _by_captioning(
-    context: EvalContext, config: ZeroShotConfig, data: RunData, objective: str
+    context: EvalContext, config: ZeroShotConfig, data: RunData, objective: str, media: Sequence[str]
 ) -> Callable[[Bin], list[Scored]]:
     """Media of a bin against what the model would write of them: each class text is written behind each medium and scored.
 
@@ -182,7 +187,11 @@ def _by_captioning(
 
     def score(bin: Bin) -> list[Scored]:
         found = documents_of(data.dataset, bin)
-        asked = [(place, document) for place, document in found if [at for at, _ in document.media] == [0]]
+        asked = [
+            (place, document)
+            for place, document in found
+            if [(at, item.kind in media) for at, item in document.media] == [(0, True)]
+        ]
         documents = [_continued(document, text) for _, document in asked for text in texts]
         sums = torch.tensor([-float(losses.sum()) for losses in token_losses(context, documents)])
         shape = len(asked), len(config.names), len(config.templates)

@@ -11,7 +11,7 @@ from typing import Any
 
 from mmctx.eval.report.pieces import Section
 from mmctx.eval.report.sections.caption import caption_section
-from mmctx.eval.report.sections.embeddings import sts_section, zero_shot_section
+from mmctx.eval.report.sections.embeddings import probe_section, sts_section, zero_shot_section
 from mmctx.eval.report.sections.loss_by_position import loss_by_position_section
 from mmctx.eval.report.sections.masked_lm import masked_lm_section, next_sentence_section
 from mmctx.eval.report.sections.memory_recall import memory_recall_section
@@ -19,6 +19,7 @@ from mmctx.eval.report.sections.needle import grid_section
 from mmctx.eval.report.sections.plain import plain_section
 from mmctx.eval.report.sections.recall import recall_section
 from mmctx.eval.report.sections.retrieval import retrieval_section
+from mmctx.eval.report.sections.robustness import robustness_section
 from mmctx.eval.report.sections.swapped_media import swapped_media_section
 
 SECTIONS: dict[str, Callable[[Mapping[str, Any]], Section | None]] = {
@@ -29,6 +30,8 @@ SECTIONS: dict[str, Callable[[Mapping[str, Any]], Section | None]] = {
     "next_sentence": next_sentence_section,
     "swapped_media": swapped_media_section,
     "sts": sts_section,
+    "probe": probe_section,
+    "robustness": robustness_section,
     "loss_by_position": loss_by_position_section,
     "needle": grid_section(
         "needle", "Needles in a haystack", "Facts hidden in long documents, asked for at their end."

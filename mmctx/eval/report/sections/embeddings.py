@@ -1,14 +1,16 @@
-"""Sections of the suites that ask what embeddings hold: `sts` and `zero_shot`."""
+"""Sections of the suites that ask what embeddings hold: `sts`, `probe` and `zero_shot`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from mmctx.eval.report.pieces import Cell, Row, Section, Table
-from mmctx.eval.report.sections.cells import count_cell, score_cell, share_cell
+from mmctx.eval.report.sections.cells import count_cell, interval, score_cell, share_cell
 
 _MAX_CLASSES = 40
+_READINGS = ("input", "trunk", "embedding")
 
 
 def sts_section(results: Mapping[str, Any]) -> Section | None:
@@ -31,6 +33,52 @@ def sts_section(results: Mapping[str, Any]) -> Section | None:
         about="Spearman's rank correlation between the cosine of two sentences' embeddings and how alike people found them. Chance is 0.",
         parts=(Table(name="spearman", corner="file", columns=("Spearman", "n"), rows=tuple(rows)),),
     )
+
+
+def probe_section(results: Mapping[str, Any]) -> Section | None:
+    """A row for each view and reading: a linear probe and nearest neighbours on frozen embeddings."""
+    views = {name: found for name, found in results.items() if isinstance(found, Mapping) and found.get("classes")}
+    if not views:
+        return None
+    readings = [(name, view, reading) for name, view in views.items() for reading in _READINGS if reading in view]
+    classifiers = list(dict.fromkeys(kind for _, view, reading in readings for kind in view[reading]))
+    rows = [
+        Row(f"{name}, {reading}", tuple(_probe_cell(view[reading].get(kind), view) for kind in classifiers))
+        for name, view, reading in readings
+    ]
+    columns = tuple("linear probe" if kind == "linear" else kind for kind in classifiers)
+    counts = {"classes": "classes", "n_train": "training samples", "n": "held-out samples"}
+    about = [
+        Row(
+            name,
+            (
+                Cell(text=str(view["label"])),
+                *(count_cell(view.get(count)) for count in counts),
+                share_cell(view.get("chance")),
+                share_cell(view.get("majority")),
+            ),
+        )
+        for name, view in views.items()
+    ]
+    asked = ("label", *counts.values(), "chance", "majority")
+    return Section(
+        id="probe",
+        title="Probes of frozen embeddings",
+        about="How well a linear classifier, and the nearest neighbours among training samples, tell the classes of held-out samples: "
+        "by the mean of what goes into the trunk (input), of what comes out of it (trunk), and by the embedding that is trained for "
+        "similarity. The tick is what always naming the commonest class of training, the majority, reaches.",
+        parts=(
+            Table(name="accuracy", corner="view", columns=columns, rows=tuple(rows)),
+            Table(name="asked", corner="view", columns=asked, rows=tuple(about)),
+        ),
+    )
+
+
+def _probe_cell(found: Mapping[str, Any] | None, view: Mapping[str, Any]) -> Cell | None:
+    if not found:
+        return None
+    cell = share_cell(found.get("accuracy"), view.get("majority"), about=interval({**found, "n": view.get("n")}))
+    return cell and replace(cell, tick="majority")
 
 
 def zero_shot_section(results: Mapping[str, Any]) -> Section | None:
