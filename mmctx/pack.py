@@ -125,8 +125,8 @@ class PackedBatch:
         skips: samples that the plan named and that could not be used.
         left_out: samples that the plan drew and left out, because the index or their sizes rule them out.
         num_samples: samples (or parts of samples that were split) that the documents were made from.
-        stream_start: tokens of the first document before its first one, if that is a piece of a stream; None if it is whole.
-        lane: what earlier pieces of the stream left, on the device; set by who trains.
+        stream_start: if the first document is a piece of a stream, its tokens before this piece; None if it is whole.
+        lane: what earlier pieces left, on the device; set by who trains.
         lent: with sequence parallel, the hidden states that one rank reads for all of them; `pooled` then counts on behind its tokens.
     """
 

@@ -14,6 +14,7 @@ from mmctx.datasets.planning.plan import Bin
 from mmctx.errors import CheckpointError
 from mmctx.lane import Lane
 from mmctx.pack import PackedBatch
+from mmctx.train.sums import Sums
 
 LANES = "lanes.safetensors"
 """File of a checkpoint's `trainer` folder."""
@@ -65,6 +66,10 @@ class Lanes:
     def state(self) -> dict[str, Tensor]:
         """Tensors of all lanes of this rank, on the host."""
         return {f"{n}.{name}": tensor.cpu() for n, lane in self._lanes.items() for name, tensor in lane.state().items()}
+
+    def everybodys(self, sums: Sums) -> dict[str, Tensor]:
+        """Tensors of the lanes of all ranks, which all call it. They travel over the host, whole."""
+        return {name: tensor for state in sums.gather(self.state()) for name, tensor in state.items()}
 
 
 def read_lanes(checkpoint: Path) -> dict[str, Tensor]:

@@ -261,11 +261,7 @@ class Sitting:
     def _save(self) -> None:
         self.saved = self.state.step
         self.update.settle()
-        lanes: dict[str, Tensor] = {}
-        if self.plan.streams is not None:
-            for held in self.sums.gather(self.lanes.state()):
-                lanes |= held
-        average = self._average()
+        average, lanes = self._average(), self.lanes.everybodys(self.sums) if self.plan.streams is not None else {}
         self.saver.save(self.raw_model, self.data.tokenizer, self.optimizer, self.state, self.line, average, lanes)
 
     def _finish_saving(self) -> None:

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mmctx.activations import ActivationsConfig
-from mmctx.attention import memory as module
+from mmctx.attention import memory_tiles as module
 from mmctx.attention import search as search_module
 from mmctx.attention.memory import Far, MemoryConfig, Past, memory_attention
 from mmctx.attention.reference import attention_mask, reference_attention

@@ -12,7 +12,7 @@ import torch
 from tiny import tiny_tree
 from torch import Tensor
 
-from mmctx.attention import memory as module
+from mmctx.attention import memory_tiles as module
 from mmctx.attention.memory import Far, Past, memory_attention
 from mmctx.audit import AuditReport, Mode, audit_batch, other_modes, own_mode
 from mmctx.config import build_config
