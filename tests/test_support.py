@@ -31,6 +31,10 @@ FEATURES = {
     "train.deterministic": ["train.deterministic=true"],
     "dropout": ["model.transformer.dropout=0.1"],
     "windows": ["model.transformer.windows=[512, null]"],
+    "memory": ["model.transformer.windows=[512]", "model.transformer.memory={layers: [2]}"],
+    "long_documents: stream": [
+        "data.sources.books={shards: books.tar, objectives: [captioning], long_documents: stream}"
+    ],
     "picture_positions: grid": ["model.transformer.picture_positions=grid", "model.transformer.head_dim=48"],
 }
 
