@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mmctx.activations import KEEP_ALL, ActivationsConfig, in_tiles, recompute
-from mmctx.attention.memory import MemoryConfig
+from mmctx.attention.memory import Far, MemoryConfig
 from mmctx.compiling import run
 from mmctx.config import StrictModel
 from mmctx.kv_cache import Cache
@@ -144,12 +144,16 @@ class Attention(nn.Module):
         projected = rotate(q, *rope), rotate(k, *rope), v
         return projected if self.memory is None else (*projected, q, k)
 
+    def far(self, projected: tuple[Tensor, ...]) -> Far | None:
+        """What the tokens look for beyond their window, from what `project` gave."""
+        if self.memory is None or self.window is None:
+            return None
+        q, k, _, plain_q, plain_k = projected
+        return self.memory.far(q, k, plain_q, plain_k, self.window)
+
     def attend(self, projected: tuple[Tensor, ...], layout: DocumentLayout, cache: Cache | None) -> Tensor:
         """What the tokens of a document tell each other, from what `project` gave: (T, H, d)."""
-        q, k, v, *plain = projected
-        far = None
-        if self.memory is not None and self.window is not None:
-            far = self.memory.far(q, k, plain[0], plain[1], self.window)
+        (q, k, v, *_), far = projected, self.far(projected)
         if cache is None:
             return sequence_attention(q, k, v, layout, window=self.window, backend=self.backend, far=far)
         return cache.attend(self.layer, q, k, v, layout, window=self.window, backend=self.backend, far=far)

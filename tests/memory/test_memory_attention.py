@@ -16,6 +16,7 @@ from mmctx.attention import search as search_module
 from mmctx.attention.memory import Far, MemoryConfig, Past, memory_attention
 from mmctx.attention.reference import attention_mask, reference_attention
 from mmctx.attention.search import search, top
+from mmctx.eval.attribution import Look, attention_rows
 from mmctx.generate import continue_greedily, read_prompts
 from mmctx.kv_cache import KVCache
 from mmctx.layer_memory import LayerMemory, memory_off
@@ -113,6 +114,17 @@ def test_it_equals_a_dense_reference(top_k: int, tokens: int, window: int) -> No
     torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
     for mine, theirs in zip(gradients(out, inputs), gradients(expected, inputs), strict=True):
         torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("top_k", "tokens"), [(5, EVERYTHING), (300, 60)])
+def test_rows_of_attention_are_those_that_the_operator_mixes_by(top_k: int, tokens: int) -> None:
+    """The suite `attribution` follows them: with one value for all heads, their mean mixes to the mean over heads."""
+    q, k, v, far_q, far_k, gate = leaves((200, 4, 8), (200, 2, 8), (200, 1, 8), (200, 4, 8), (200, 2, 8), (4,))
+    far = Far(far_q, far_k, gate, top_k, tokens)
+    layout = DocumentLayout.from_lengths([200], 1)
+    out = memory_attention(q, k, v.expand(-1, 2, -1), layout, far, window=10).mean(dim=1)
+    rows = attention_rows(Look(q, k, far), 50, 200, 10)
+    torch.testing.assert_close(rows @ v[:, 0], out[50:], atol=1e-6, rtol=1e-5)
 
 
 def test_gradients_against_differences() -> None:
