@@ -13,6 +13,7 @@ from torch import Tensor
 from mmctx.attention import attention
 from mmctx.attention.memory import Far, Past, memory_attention
 from mmctx.layout import DocumentLayout
+from mmctx.transformer import TransformerConfig
 
 _LENGTH = "length"
 
@@ -85,6 +86,22 @@ class Lane:
         if old is None or not room:
             return new.detach().clone(memory_format=torch.contiguous_format)
         return torch.cat([old[-room:].to(new.dtype), new])
+
+    @classmethod
+    def full(cls, trunk: TransformerConfig, start: int, device: torch.device | str, dtype: torch.dtype) -> Lane:
+        """A lane that holds all that it may after `start` tokens, of no value: for estimates of memory."""
+        lane = cls()
+        lane.length = start
+        for layer in range(trunk.depth):
+            window = trunk.layer_window(layer)
+            remembers = trunk.memory is not None and layer in trunk.memory.layers
+            beyond = trunk.memory.tokens if trunk.memory is not None and remembers else 0
+            if window is not None and (kept := min(window - 1 + beyond, start)):
+                shape = kept, trunk.kv_heads, trunk.head_width
+                k, v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+                apart = trunk.memory is not None and remembers and trunk.memory.distances == "clamped"
+                lane.layers[layer] = Past(k, v, torch.empty_like(k) if apart else k)
+        return lane
 
     def state(self) -> dict[str, Tensor]:
         """Everything, for a checkpoint."""

@@ -341,6 +341,11 @@ def test_streams_alone_are_forecast(streamed: dict[str, Any]) -> None:
     found = forecast_run(config, "tree")["stages"][0]
     assert found["tokens"] == sum(bin.tokens for step in range(12) for bin in plan.step(step))
     assert found["sources"]["stories"]["drawn"] == 11
+    heads, rows = (
+        2 * 8,
+        {0: 3, 1: 6 + 50 - 1},
+    )  # keys, values, and in the layer with a memory keys as they stand to far queries
+    assert found["memory"]["lanes"] >= 2 * 4 * heads * (2 * rows[0] + 3 * rows[1])
 
 
 @pytest.mark.parametrize(
