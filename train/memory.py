@@ -35,10 +35,10 @@ def estimate_memory(config: RunConfig, batch: PackedBatch, vocab_size: int) -> d
     buckets, which take the gradients' size once more. With sequence parallel, activations are those of one process's part.
 
     Returns:
-        `weights`, `gradients`, `optimizer`, `ema`, `batches`, `lanes` (what streams carry), then activations by the module that they belong
-        to (`image`, `audio`, `trunk`, `objectives`, `embedding`), their sum `total`, and `peak_at`. Apart from these, `host_copies`: what the
-        saver keeps in host
-        memory from the first checkpoint on, to write it while training goes on. Without a GPU it takes the same memory as the rest.
+        `weights`, `gradients`, `optimizer`, `ema`, `batches`, `lanes` (what streams carry), then activations by the module that they
+        belong to (`image`, `audio`, `trunk`, `objectives`, `embedding`), their sum `total`, and `peak_at`. Apart from these,
+        `host_copies`: what the saver keeps in host memory from the first checkpoint on, to write it while training goes on. Without a GPU
+        it takes the same memory as the rest.
     """
     shape = config.model_copy(update={"model": without_pretrained(config.model)})
     trace = StorageTrace()
