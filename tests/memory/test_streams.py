@@ -241,6 +241,7 @@ def run(tree: dict[str, Any], name: str, **data: Any) -> RunConfig:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_run_that_is_killed_within_a_document_ends_bitwise_equal(
     streamed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -310,6 +311,7 @@ def test_two_ranks_equal_one(streamed: dict[str, Any], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_another_plan_begins_anew(streamed: dict[str, Any]) -> None:
     """Pieces of another size: a new segment, nothing carried, another pass over the streams; packed sources go on in their epoch."""
     streamed["train"]["steps"] = 5
