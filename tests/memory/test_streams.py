@@ -266,7 +266,7 @@ def test_a_run_that_is_killed_within_a_document_ends_bitwise_equal(
     lose_what_came_after(killed, 5)
     monkeypatch.setattr(loop, "read_lanes", lambda checkpoint: {})
     train(run(streamed, "killed"))  # without what was carried, it ends otherwise
-    assert not all(torch.equal(expected[name], found[name]) for name, found in weights(killed, 12).items())
+    assert not any(torch.equal(expected[name], other) for name, other in weights(killed, 12).items() if "trunk" in name)
 
 
 def lose_what_came_after(run_dir: Path, step: int) -> None:
