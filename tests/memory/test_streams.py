@@ -89,7 +89,7 @@ def opened(tree: dict[str, Any]) -> tuple[RunConfig, RunData, Plan]:
 
 def whole_document(data: RunData, number: int, sample: int) -> Document:
     """What the objective makes of the whole sample."""
-    decoded = data.dataset._sample(number, sample)
+    decoded = data.dataset.sample(number, sample)
     (document,) = data.dataset.objectives["captioning"].documents(decoded, np.random.default_rng(0), None)
     return document
 
