@@ -22,15 +22,15 @@ class LayerMemory(nn.Module):
         on: whether the layer looks beyond its window at all.
     """
 
-    def __init__(self, config: MemoryConfig, rope: RopeConfig, num_heads: int, head_dim: int) -> None:
+    def __init__(self, config: MemoryConfig, rope: RopeConfig | None, num_heads: int, head_dim: int) -> None:
         super().__init__()
         self.config, self.head_dim, self.on = config, head_dim, True
         self.gate = nn.Parameter(torch.zeros(num_heads))
         self.set_rope(rope)
 
-    def set_rope(self, rope: RopeConfig) -> None:
-        """Takes over positions."""
-        self._rotary = Rotary(rope, self.head_dim)
+    def set_rope(self, rope: RopeConfig | None) -> None:
+        """Takes over positions; None where they are learned, and nothing is rotated."""
+        self._rotary = Rotary(rope, self.head_dim) if rope is not None else None
         self._angles: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}  # on a device once: copies wait for it
 
     def far(self, q: Tensor, k: Tensor, plain_q: Tensor, plain_k: Tensor, window: int) -> Far | None:
@@ -44,7 +44,8 @@ class LayerMemory(nn.Module):
         if not self.on:
             return None
         config = self.config
-        if config.distances == "clamped":  # keys stand at 0, queries at the first distance that is not in the window
+        if config.distances == "clamped" and self._rotary is not None:
+            # Keys stand at 0, queries at the first distance that is not in the window.
             key = window, q.device, q.dtype
             if key not in self._angles:
                 self._angles[key] = self._rotary(torch.tensor([window, 0], device=q.device), q.dtype)

@@ -35,6 +35,8 @@ FEATURES = {
     "long_documents: stream": [
         "data.sources.books={shards: books.tar, objectives: [captioning], long_documents: stream}"
     ],
+    "learned_positions": ["model.transformer.learned_positions=2048"],
+    "norm_place: post": ["model.transformer.norm_place=post"],
     "picture_positions: grid": ["model.transformer.picture_positions=grid", "model.transformer.head_dim=48"],
 }
 

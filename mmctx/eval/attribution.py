@@ -183,12 +183,11 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 def _looks(model: MmctxModel, batch: PackedBatch, document: slice) -> list[Look]:
     """What every layer attends by in a document."""
-    trunk, x = model.trunk, model.embed(batch)
-    rope = trunk.rope(model.positions(batch), x.dtype)
+    trunk = model.trunk
+    x, rope = trunk.enter(model.embed(batch), model.positions(batch), batch.layout)
     found = []
     for block in trunk.blocks:
-        projected = block.attention.project(block.attention_norm(x), rope)  # type: ignore[operator,union-attr]
-        q, k, *rest = (tensor[document] for tensor in projected)
+        q, k, *rest = (tensor[document] for tensor in block.project(x, rope))  # type: ignore[operator]
         found.append(Look(q, k, block.attention.far((q, k, *rest))))  # type: ignore[operator,union-attr]
         x = block(x, rope, batch.layout)
     return found
