@@ -28,7 +28,8 @@ class SourceConfig(StrictModel):
     """Share of samples (or of tokens, see `weight_by`) drawn from this source. Give it for all sources, or for none: then every
     sample comes once an epoch."""
     long_documents: LongDocuments = "drop"
-    """What becomes of documents longer than the context: `drop` (listed in `skips.jsonl`), `truncate` or `split`. Media are never cut."""
+    """What becomes of documents longer than the context: `drop` (listed in `skips.jsonl`), `truncate`, `split`, or `stream`: read piece by
+    piece, one piece for each bin of a step, with a memory. Media are never cut."""
     lengths: tuple[int, int | None] = (1, None)
     """Shortest and longest sample that is read, by the tokens of its longest document before any cutting. Sources of the same shards with
     other `lengths` are buckets: each has its own weight, in each stage of a schedule. Samples outside are counted, not listed."""
@@ -99,9 +100,17 @@ class DataConfig(StrictModel):
 
     @property
     def limits(self) -> tuple[int, int, int, int]:
-        """Largest tokens, pictures, audio frames and pairs of a bin, in the order of `table.LIMITED`."""
+        """Largest tokens, pictures, audio frames and pairs of a bin, in the order of `table.LIMITED`; where there are streams, of what
+        stands beside a piece.
+        """
         optional = (self.bin_images, self.bin_audio_frames, self.bin_pairs)
-        return (self.bin_tokens, *(NO_LIMIT if limit is None else limit for limit in optional))  # type: ignore[return-value]
+        room = self.context_length if self.streamed and len(self.streamed) < len(self.sources) else 0
+        return (self.bin_tokens - room, *(NO_LIMIT if limit is None else limit for limit in optional))  # type: ignore[return-value]
+
+    @property
+    def streamed(self) -> tuple[str, ...]:
+        """Sources whose documents are streamed."""
+        return tuple(name for name, source in self.sources.items() if source.long_documents == "stream")
 
     @property
     def remote_cache(self) -> BlockCache:
@@ -116,8 +125,29 @@ class DataConfig(StrictModel):
             raise ValueError(
                 f"bin_tokens {self.bin_tokens} is less than context_length {self.context_length}: no bin could hold the longest document"
             )
+        self._check_streams()
+        others = self.sources.keys() - set(self.streamed)
         weighted = [name for name, source in self.sources.items() if source.weight is not None]
-        if weighted and len(weighted) < len(self.sources):
-            missing = sorted(set(self.sources) - set(weighted))
+        if weighted and len(weighted) < len(others):
+            missing = sorted(others - set(weighted))
             raise ValueError(f"sources {weighted} have a weight and {missing} have none; give all of them one, or none")
         return self
+
+    def _check_streams(self) -> None:
+        if not self.streamed:
+            return
+        name = self.streamed[0]
+        if (weight := self.sources[name].weight) is not None:
+            raise ValueError(
+                f"sources.{name}: weight {weight} has no meaning for a stream, of which each bin takes one piece a step; remove it"
+            )
+        if limits := [k for k in ("bin_images", "bin_audio_frames", "bin_pairs") if getattr(self, k) is not None]:
+            raise ValueError(
+                f"{limits[0]} cannot be held with long_documents: stream of sources.{name}, whose pieces are cut by tokens alone; "
+                f"lower context_length {self.context_length} instead"
+            )
+        if len(self.streamed) < len(self.sources) and self.bin_tokens < 2 * self.context_length:
+            raise ValueError(
+                f"bin_tokens {self.bin_tokens} must hold a piece of a stream (sources.{name}) and the longest document beside it: set it "
+                f"to at least 2 * context_length = {2 * self.context_length}"
+            )

@@ -13,6 +13,7 @@ from mmctx.datasets.config import DataConfig, SourceConfig
 from mmctx.datasets.decode import decode_sample
 from mmctx.datasets.planning.order import derive_key
 from mmctx.datasets.planning.plan import Bin, Plan, share_out
+from mmctx.datasets.planning.split import piece_of
 from mmctx.datasets.planning.table import SourceTable
 from mmctx.datasets.shards.contents import REASONS
 from mmctx.datasets.shards.source import Source
@@ -90,6 +91,7 @@ class PackedDataset(Dataset[PackedBatch]):
         drawn_from = (self.seed, "augment", table.source.name, sample.key, epoch)
         if augmentation is not None:
             sample = augmentation.sample(sample, derive_key(*drawn_from))
+        piece, part = (part, 0) if table.is_stream else (0, part)  # the document is the same whichever piece is read
         parts = table.parts(sample)
         if part >= len(parts):
             raise SampleError("over_long", f"the index promises part {part}, the sample makes {len(parts)}")
@@ -104,7 +106,9 @@ class PackedDataset(Dataset[PackedBatch]):
                     augmentation.document(document, derive_key(*drawn_from, part, name, number))
                     for number, document in enumerate(documents)
                 ]
-            found += documents
+            found += (
+                [piece_of(d, piece, table.data.context_length) for d in documents] if table.is_stream else documents
+            )
         return found
 
     def note(self, source_number: int, sample_id: int, error: SampleError) -> Skip:

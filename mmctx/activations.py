@@ -28,6 +28,7 @@ ATTENTION_KERNELS = frozenset(
         "aten::_scaled_dot_product_cudnn_attention",
         "torch_attn::_varlen_attn",
         "flash_attn::_flash_attn_varlen_forward",
+        "mmctx::memory_attention",
     }
 )
 """What selective checkpointing keeps the results of. Kernels that PyTorch's dispatcher does not see (flash4) run again."""

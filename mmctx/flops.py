@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mmctx.attention.memory import MemoryConfig
 from mmctx.encoders.image import ImageEncoder
 from mmctx.encoders.sound import SOUND_ENCODERS
 from mmctx.model import VOCAB_MULTIPLE, ModelConfig
@@ -33,6 +34,7 @@ class Work:
         audio_token: of the sound encoder, for each embedding it makes, as if it saw itself alone.
         windows: window of each layer, None for a global one.
         width: H * d, channels of attention.
+        memory: of the layers that look beyond their window; None if none does.
         audio_square: of attention in the sound encoder, for each ordered pair of different embeddings of a clip (or chunk of one).
         audio_chunk: embeddings that see each other at most.
         image_token: of the image encoder, for each embedding it makes, as if it saw itself alone, where sizes differ.
@@ -51,18 +53,36 @@ class Work:
     audio_item: int = 0
     image_token: int = 0
     image_square: int = 0
+    memory: MemoryConfig | None = None
 
     @property
     def audio_share(self) -> int:
         """Of an embedding of sound where its clip is not known: its share of a full chunk, attention left out."""
         return self.audio_token + self.audio_item // self.audio_chunk
 
-    def attention(self, lengths: np.ndarray, causal: bool) -> np.ndarray:
-        """FLOPs of attention inside documents of these lengths, any shape of int64, over all layers."""
+    def attention(self, lengths: np.ndarray, causal: bool, start: np.ndarray | int = 0) -> np.ndarray:
+        """FLOPs of attention inside documents of these lengths, any shape of int64, over all layers; what memories search included, whose
+        products have no backward pass.
+
+        Args:
+            lengths: of documents, or of pieces of a stream.
+            causal: which way they attend.
+            start: tokens of the stream before a piece: layers with a window look back beyond it.
+        """
         pairs = np.zeros_like(lengths)
         for window in set(self.windows):
-            pairs += self.windows.count(window) * count_pairs(lengths, causal, window)
-        return 4 * FORWARD_AND_BACKWARD * self.width * pairs
+            before = start if window is not None else 0
+            seen = count_pairs(before + lengths, causal, window) - count_pairs(np.asarray(before), causal, window)
+            pairs += self.windows.count(window) * seen
+        searched = np.zeros_like(lengths)
+        memory = self.memory if causal else None
+        for layer in memory.layers if memory is not None else ():
+            assert memory is not None
+            window = self.windows[layer] or 0
+            old, new = (np.maximum(np.asarray(n) - window, 0) for n in (start, start + lengths))  # queries with a past
+            for total, reach in ((pairs, min(memory.top_k, memory.tokens)), (searched, memory.tokens)):
+                total += count_pairs(new, causal, reach) - count_pairs(old, causal, reach)
+        return 4 * FORWARD_AND_BACKWARD * self.width * pairs + 2 * self.width * searched
 
     def pictures(self, num_tokens: np.ndarray) -> np.ndarray:
         """FLOPs of the image encoder over pictures of so many embeddings (n,)."""
@@ -83,7 +103,9 @@ class Work:
         lengths = np.array(layout.lengths, np.int64)
         total = batch.num_tokens * self.token
         total += sum(len(positions) for positions in batch.label_positions.values()) * self.label
-        total += int(self.attention(lengths[: layout.num_causal], causal=True).sum())
+        start = np.zeros_like(lengths)
+        start[:1] = batch.stream_start or 0
+        total += int(self.attention(lengths[: layout.num_causal], causal=True, start=start[: layout.num_causal]).sum())
         total += int(self.attention(lengths[layout.num_causal :], causal=False).sum())
         if "image" in media:
             total += int(self.pictures(np.array(media["image"].num_tokens)).sum())
@@ -119,6 +141,7 @@ def estimate_work(config: ModelConfig, vocab_size: int) -> Work:
         audio_item=FORWARD_AND_BACKWARD * sound.item if sound else 0,
         image_token=FORWARD_AND_BACKWARD * sight.token if sight else 0,
         image_square=FORWARD_AND_BACKWARD * sight.square if sight else 0,
+        memory=trunk.memory,
     )
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmctx.errors import ConfigError
-from mmctx.kv_cache import Branches, KVCache
+from mmctx.kv_cache import Branches, Cache, KVCache
 from mmctx.layout import DocumentLayout
 
 Resize = Literal["interpolate", "repeat"]
@@ -26,7 +26,7 @@ class LearnedPositions(nn.Embedding):
         super().__init__(count, width)
         nn.init.normal_(self.weight, std=0.02)
 
-    def check(self, layout: DocumentLayout, cache: KVCache | Branches | None) -> None:
+    def check(self, layout: DocumentLayout, cache: Cache | None) -> None:
         """Looks at lengths before the device does, which would only say that an index is out of range.
 
         Raises:

@@ -142,8 +142,8 @@ class MmctxModel(nn.Module):
 
     def read(self, embeddings: Tensor, batch: PackedBatch) -> Tensor:
         """Hidden states (T, D) of a batch whose input embeddings (T, D) are given."""
-        prefixed = None if self.prefix is None else self.prefix.before()
-        return self.trunk(embeddings, self.positions(batch), batch.layout, prefixed)
+        before = batch.lane if self.prefix is None else self.prefix.before()
+        return self.trunk(embeddings, self.positions(batch), batch.layout, before)
 
     def forward(self, batch: PackedBatch, embed_only: bool = False) -> StepOutputs:
         """What a micro-batch adds to the global step.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mmctx.errors import DataError
+from mmctx.kv_cache import Cache
 from mmctx.layout import DocumentLayout
 from mmctx.parallel.exchange import LentRows, RowExchange
 
@@ -57,6 +58,7 @@ class Document:
         view: what an embedding shows, such as `image`, `audio`, `text0`.
         pair: the sample that the view belongs to; views of one sample are positives of each other.
         key: the sample's key, for error messages.
+        start: tokens of the document before these, if this is a piece of a stream; None if it is whole.
     """
 
     objective: str
@@ -69,6 +71,7 @@ class Document:
     view: str | None = None
     pair: int = -1
     key: str = ""
+    start: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +129,7 @@ class PackedBatch:
     Attributes:
         input_ids: (T,) int64; media slots hold the modality's placeholder id.
         labels: (T,) int64; target OF THIS position's hidden state, `IGNORE_INDEX` where there is none.
-        position_ids: (T,) int64; restart at 0 in each document.
+        position_ids: (T,) int64; restart at 0 in each document, count on in a piece of a stream.
         layout: document boundaries (`cu_seqlens`, host lengths, `num_causal`).
         objectives: objective of each document, on the host, in the order of the layout.
         label_positions: per objective, (K,) int64 positions that carry a label: heads are evaluated nowhere else.
@@ -138,6 +141,8 @@ class PackedBatch:
         skips: samples that the plan named and that could not be used.
         left_out: samples that the plan drew and left out, because the index or their sizes rule them out.
         num_samples: samples (or parts of samples that were split) that the documents were made from.
+        stream_start: if the first document is a piece of a stream, its tokens before this piece; None if it is whole.
+        lane: what earlier pieces left, on the device; set by who trains.
         lent: with sequence parallel, the hidden states that one rank reads for all of them; `pooled` then counts on behind its tokens.
     """
 
@@ -155,6 +160,8 @@ class PackedBatch:
     skips: tuple[Skip, ...] = ()
     left_out: tuple[Skip, ...] = ()
     num_samples: int = 0
+    stream_start: int | None = None
+    lane: Cache | None = None
     lent: LentRows | None = None
 
     @property
@@ -214,14 +221,16 @@ def pack_documents(
     """
     if not documents:
         raise DataError("cannot pack a batch of no documents: every sample of the bin was skipped, or the bin is empty")
-    documents = [d for d in documents if d.causal] + [d for d in documents if not d.causal]
+    documents = sorted(documents, key=lambda d: (d.start is None, not d.causal))  # stable
+    if any(d.start is not None for d in documents[1:]) or not (documents[0].causal or documents[0].start is None):
+        raise DataError("a batch holds at most one piece of a stream, which must be causal")
     for document in documents:
         _check_placeholders(document, placeholder_ids)
     lengths = [len(d.input_ids) for d in documents]
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
     input_ids = np.concatenate([d.input_ids for d in documents])
     labels = np.concatenate([d.labels for d in documents])
-    position_ids = np.concatenate([np.arange(n) for n in lengths])
+    position_ids = np.concatenate([np.arange(n) + (d.start or 0) for n, d in zip(lengths, documents, strict=True)])
     return PackedBatch(
         input_ids=torch.from_numpy(input_ids).long(),
         labels=torch.from_numpy(labels).long(),
@@ -234,6 +243,7 @@ def pack_documents(
         skips=tuple(skips),
         left_out=tuple(left_out),
         num_samples=num_samples,
+        stream_start=documents[0].start,
         **_views(documents, starts),
     )
 

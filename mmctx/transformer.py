@@ -18,10 +18,12 @@ from pydantic import Field, ModelWrapValidatorHandler, model_validator
 from torch import Tensor, nn
 
 from mmctx.activations import KEEP_ALL, ActivationsConfig, in_tiles, recompute
+from mmctx.attention.memory import Far, MemoryConfig
 from mmctx.compiling import run
 from mmctx.config import StrictModel
 from mmctx.feed_forward import Activation, build_feed_forward
-from mmctx.kv_cache import Branches, KVCache
+from mmctx.kv_cache import Cache
+from mmctx.layer_memory import LayerMemory
 from mmctx.layout import DocumentLayout
 from mmctx.learned_positions import LearnedPositions, Resize
 from mmctx.offload import HostOffload
@@ -85,6 +87,8 @@ class TransformerConfig(StrictModel):
     windows: tuple[Annotated[int, Field(ge=1)] | None, ...] = Field(default=(None,), min_length=1)
     """Tokens that each layer sees, itself included, null for all; repeated over the depth: `[512, 512, 512, null]` makes every fourth
     layer global."""
+    memory: MemoryConfig | None = None
+    """Layers that look beyond their window by similarity (`mmctx.attention.memory`); null for none."""
     attention: str = "auto"
     """Attention backend, one of those that `mmctx doctor` lists."""
 
@@ -109,6 +113,14 @@ class TransformerConfig(StrictModel):
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}")
         if self.learned_positions is None and self.head_width % 2:
             raise ValueError(f"the head width {self.head_width} must be even for rotary positions")
+        for layer in self.memory.layers if self.memory else ():
+            if layer >= self.depth or self.layer_window(layer) is None:
+                what = (
+                    f"there are {self.depth}"
+                    if layer >= self.depth
+                    else f"windows {list(self.windows)} gives it all tokens"
+                )
+                raise ValueError(f"memory.layers names layer {layer}, but {what}; a memory begins where a window ends")
         if self.learned_positions is not None and self.picture_positions == "grid":
             raise ValueError("picture_positions: grid turns by rope, but learned_positions is set; remove one of them")
         if self.picture_positions == "grid" and self.head_width % 8:
@@ -146,24 +158,41 @@ class Attention(nn.Module):
         self.out = nn.Linear(self.heads * self.head_dim, config.width, bias=config.out_bias)
         self.q_norm = config.make_norm(self.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = config.make_norm(self.head_dim) if config.qk_norm else nn.Identity()
+        self.memory: LayerMemory | None = None
+        if config.memory is not None and layer in config.memory.layers:
+            rope = config.rope if config.learned_positions is None else None
+            self.memory = LayerMemory(config.memory, rope, self.heads, self.head_dim)
 
-    def project(self, x: Tensor, rope: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries (T, H, d) and keys (T, K, d), values (T, K, d).
+    def set_context(self, config: TransformerConfig) -> None:
+        """Takes over positions and windows."""
+        self.window = config.layer_window(self.layer)
+        if self.memory is not None:
+            self.memory.set_rope(config.rope if config.learned_positions is None else None)
+
+    def project(self, x: Tensor, rope: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Rotated queries (T, H, d) and keys (T, K, d), values (T, K, d); with a memory, queries and keys before rotation as well.
 
         `rope` holds cosines and sines (T, 1, d / 2); nothing where positions are learned.
         """
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (T, H + 2K, d)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         q, k = self.q_norm(q), self.k_norm(k)
-        return (rotate(q, *rope), rotate(k, *rope), v) if rope else (q, k, v)
+        projected = (rotate(q, *rope), rotate(k, *rope), v) if rope else (q, k, v)
+        return projected if self.memory is None else (*projected, q, k)
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: DocumentLayout, cache: KVCache | Branches | None
-    ) -> Tensor:
-        """What the tokens of a document tell each other: (T, H, d)."""
+    def far(self, projected: tuple[Tensor, ...]) -> Far | None:
+        """What the tokens look for beyond their window, from what `project` gave."""
+        if self.memory is None or self.window is None:
+            return None
+        q, k, _, plain_q, plain_k = projected
+        return self.memory.far(q, k, plain_q, plain_k, self.window)
+
+    def attend(self, projected: tuple[Tensor, ...], layout: DocumentLayout, cache: Cache | None) -> Tensor:
+        """What the tokens of a document tell each other, from what `project` gave: (T, H, d)."""
+        (q, k, v, *_), far = projected, self.far(projected)
         if cache is None:
-            return sequence_attention(q, k, v, layout, window=self.window, backend=self.backend)
-        return cache.attend(self.layer, q, k, v, layout, window=self.window, backend=self.backend)
+            return sequence_attention(q, k, v, layout, window=self.window, backend=self.backend, far=far)
+        return cache.attend(self.layer, q, k, v, layout, window=self.window, backend=self.backend, far=far)
 
 
 class Block(nn.Module):
@@ -190,20 +219,20 @@ class Block(nn.Module):
         """Whether the forward pass keeps little and the backward pass computes it again."""
         return self.training and self.activations.recomputes(self.layer)
 
-    def project(self, x: Tensor, rope: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, rope: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Queries, keys and values of the stream (T, D), see `Attention.project`."""
         return self.attention.project(self.attention_norm(x) if self.pre_norm else x, rope)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, ...], layout: DocumentLayout, cache: KVCache | Branches | None = None
+        self, x: Tensor, rope: tuple[Tensor, ...], layout: DocumentLayout, cache: Cache | None = None
     ) -> Tensor:
         """See the class."""
-        compiler = self.compiler if cache is None else None  # generation calls with sizes of its own
+        compiler = self.compiler if cache is None or self.training else None  # generation calls with sizes of its own
 
         def attend(x: Tensor) -> Tensor:
             with timed("trunk: attention"):
-                q, k, v = run(compiler, _project, self, x, *rope)
-                mixed = self.attention.attend(q, k, v, layout, cache)
+                projected = run(compiler, _project, self, x, *rope)
+                mixed = self.attention.attend(projected, layout, cache)
                 return run(compiler, _merge, self, x, mixed, shards=layout.shards)
 
         def feed_forward(x: Tensor) -> Tensor:
@@ -220,8 +249,8 @@ class Block(nn.Module):
         return x if tile is None else in_tiles(feed_forward, x, tile, random=random)
 
 
-def _project(block: Block, x: Tensor, *rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The stream (T, D) -> queries (T, H, d), keys and values (T, K, d)."""
+def _project(block: Block, x: Tensor, *rope: Tensor) -> tuple[Tensor, ...]:
+    """The stream (T, D) -> queries (T, H, d), keys and values (T, K, d); see `Attention.project`."""
     return block.project(x, rope)
 
 
@@ -257,8 +286,8 @@ class Transformer(nn.Module):
         """Takes over positions (`rope`) and `windows` of a config that is equal otherwise: the weights stay."""
         self.config = config
         self.rope = Rotary(config.rope, config.head_width) if self.positions is None else None
-        for layer, block in enumerate(self.blocks):
-            block.attention.window = config.layer_window(layer)  # type: ignore[union-attr]
+        for block in self.blocks:
+            block.attention.set_context(config)  # type: ignore[union-attr, operator]
 
     def _initialise(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
@@ -272,7 +301,7 @@ class Transformer(nn.Module):
                 nn.init.normal_(out.weight, std=0.02 / math.sqrt(2 * self.config.depth))
 
     def enter(
-        self, embeddings: Tensor, position_ids: Tensor, layout: DocumentLayout, cache: KVCache | Branches | None = None
+        self, embeddings: Tensor, position_ids: Tensor, layout: DocumentLayout, cache: Cache | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """What the first block reads, (T, D), and the cosines and sines for all of them; see `forward`."""
         if self.positions is not None:
@@ -282,7 +311,7 @@ class Transformer(nn.Module):
         return self.embedding_norm(embeddings), rope
 
     def forward(
-        self, embeddings: Tensor, position_ids: Tensor, layout: DocumentLayout, cache: KVCache | Branches | None = None
+        self, embeddings: Tensor, position_ids: Tensor, layout: DocumentLayout, cache: Cache | None = None
     ) -> Tensor:
         """See the class.
 

@@ -133,3 +133,13 @@ def test_store():
     result = run("store.py")  # asserts that exact search equals brute force
     assert set(result["times_brute_force"]) == {"exact", "index", "exact at once", "index at once"}
     assert result["built"]["index"]["recall"] >= 0.97
+
+
+def test_memory_attention():
+    pytest.importorskip("faiss")
+    result = run("memory_attention.py")
+    names = {"full attention", "windows alone", "memory, all", "memory, all, faiss", "memory, 16k"}
+    assert set(result["sides"]) == set(result["growth"]) == names
+    for points in result["sides"].values():
+        assert set(points) == {"256", "512"}
+        assert all(point["processor"] > 0 and point["gflops"] > 0 for point in points.values())

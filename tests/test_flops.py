@@ -114,6 +114,27 @@ def test_attention_sums_over_layers_and_their_windows() -> None:
     np.testing.assert_array_equal(work.attention(lengths, causal=True), 12 * 4 * 8 * pairs)
 
 
+@pytest.mark.parametrize(("top_k", "tokens"), [(3, 1000), (5, 12), (20, 7)])
+def test_a_memory_costs_what_it_finds_and_what_it_searches(top_k: int, tokens: int) -> None:
+    """Counted one by one; pieces of a stream cost together what the whole document does, where all layers have windows."""
+    memory = {"layers": [1], "top_k": top_k, "tokens": tokens}
+    trunk = TransformerConfig.model_validate(GROUPED | {"depth": 2, "windows": (4, 6), "memory": memory})
+    work = estimate_work(ModelConfig(transformer=trunk), VOCAB)
+
+    def one_by_one(length: int) -> int:
+        near = sum(min(place + 1, window) for place in range(length) for window in (4, 6))
+        past = [min(max(place + 1 - 6, 0), tokens) for place in range(length)]
+        return 12 * 4 * 8 * (near + sum(min(count, top_k) for count in past)) + 2 * 4 * 8 * sum(past)
+
+    lengths = np.array([1, 5, 6, 7, 40])
+    assert work.attention(lengths, causal=True).tolist() == [one_by_one(int(n)) for n in lengths]
+    starts = np.array([0, 3, 10, 25])
+    pieces = work.attention(np.array([3, 7, 15, 15]), causal=True, start=starts)
+    assert pieces.sum() == one_by_one(40)
+    plain = estimate_work(ModelConfig(transformer=trunk.model_copy(update={"memory": None})), VOCAB)
+    np.testing.assert_array_equal(work.attention(lengths, causal=False), plain.attention(lengths, causal=False))
+
+
 def real_media(kind: str, config: Any, items: int) -> MediaBatch:
     """Real pixels or frames, of items as large as one embedding of sound or one picture."""
     nowhere = torch.zeros(0, dtype=torch.int64)

@@ -189,6 +189,23 @@ class RunConfig(StrictModel):
                         raise ValueError(
                             f"{where}.sources.{name}.objectives names {objective!r}, but `objectives` defines {defined}"
                         )
+        for name in self.data.streamed:
+            kinds = [self.objectives[objective].kind for objective in self.data.sources[name].objectives]
+            if kinds != ["captioning"]:
+                raise ValueError(
+                    f"data.sources.{name}.long_documents is stream, whose pieces one objective of kind captioning reads in order; its "
+                    f"objectives are of kinds {kinds}"
+                )
+            if self.model.transformer.learned_positions is not None:
+                raise ValueError(
+                    f"data.sources.{name}.long_documents is stream, whose positions count on without end, but model.transformer has "
+                    f"learned_positions={self.model.transformer.learned_positions}; use split, or rope"
+                )
+            if ranks > 1:
+                raise ValueError(
+                    f"data.sources.{name}.long_documents is stream, whose memory lies on one process; train.sequence_parallel={ranks} cuts "
+                    "bins over several: use 1, or long_documents: split"
+                )
         if self.eval.weights == "ema" and self.train.ema is None:
             raise ValueError(
                 "eval.weights=ema asks for averaged weights, but train.ema is null; set it, for example train.ema.decay=0.999"

@@ -22,6 +22,7 @@ from mmctx.train.checkpoints.state import read_state
 from mmctx.train.config import RunConfig
 from mmctx.train.course import build_course
 from mmctx.train.distribution import distribute, handlers
+from mmctx.train.lanes import read_lanes
 from mmctx.train.optim.ema import read_ema
 from mmctx.train.optim.modules import freeze, named_in
 from mmctx.train.optim.optimizer import build_optimizer
@@ -100,4 +101,7 @@ def _sit_down(config: RunConfig, accelerator: Accelerator, attention: Resolution
     if checkpoint:
         load_optimizer(model, optimizer, checkpoint)
     average = read_ema(checkpoint / "trainer") if checkpoint and config.train.ema else None
-    return Sitting(config, accelerator, mesh, attention, run_dir, course, model, wrapped, optimizer, state, average)
+    lanes = read_lanes(checkpoint) if checkpoint else None
+    return Sitting(
+        config, accelerator, mesh, attention, run_dir, course, model, wrapped, optimizer, state, average, lanes
+    )

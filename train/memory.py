@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from mmctx.lane import Lane
 from mmctx.model import MmctxModel
 from mmctx.objectives import ComparingHalf, Roster
 from mmctx.pack import PackedBatch
@@ -35,9 +36,10 @@ def estimate_memory(config: RunConfig, batch: PackedBatch, vocab_size: int) -> d
     buckets, which take the gradients' size once more. With sequence parallel, activations are those of one process's part.
 
     Returns:
-        `weights`, `gradients`, `optimizer`, `ema`, `batches`, then activations by the module that they belong to (`image`, `audio`,
-        `trunk`, `objectives`, `embedding`), their sum `total`, and `peak_at`. Apart from these, `host_copies`: what the saver keeps in host
-        memory from the first checkpoint on, to write it while training goes on. Without a GPU it takes the same memory as the rest.
+        `weights`, `gradients`, `optimizer`, `ema`, `batches`, `lanes` (what streams carry), then activations by the module that they
+        belong to (`image`, `audio`, `trunk`, `objectives`, `embedding`), their sum `total`, and `peak_at`. Apart from these,
+        `host_copies`: what the saver keeps in host memory from the first checkpoint on, to write it while training goes on. Without a GPU
+        it takes the same memory as the rest.
     """
     shape = without_origin(config)
     trace = StorageTrace()
@@ -57,10 +59,24 @@ def estimate_memory(config: RunConfig, batch: PackedBatch, vocab_size: int) -> d
         run = [_renamed(bin, number) for number, bin in enumerate(batches[: min(2, config.data.bins_per_step)])]
         if (size := config.train.sequence_parallel) > 1:
             run = [shard_batch(_renamed(batch, number), 0, size, group=None).to("meta") for number in range(len(run))]
+        trace.part = "lanes"
+        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        run = [_on_lane(batch, config, dtype) for batch in run]
+        trace.part = "embedding"
         _take_step(model, run, trace)
     parts = {part: size for part, size in trace.at_peak.items() if size}
     copies = sum(tensor.nbytes for tensors in kept.values() for tensor in tensors)
     return parts | {"total": trace.peak, "peak_at": trace.peak_at, "host_copies": copies}
+
+
+def _on_lane(batch: PackedBatch, config: RunConfig, dtype: torch.dtype) -> PackedBatch:
+    """A piece of a stream goes on with a memory as full as can be."""
+    if batch.stream_start is None:
+        return batch
+    trunk = config.model.transformer
+    beyond = trunk.memory.tokens if trunk.memory is not None else 0
+    start = beyond + max(trunk.layer_window(layer) or 0 for layer in range(trunk.depth))
+    return replace(batch, stream_start=start, lane=Lane.full(trunk, start, "meta", dtype))
 
 
 def _renamed(batch: PackedBatch, number: int) -> PackedBatch:

@@ -185,9 +185,11 @@ def _take_over(last: Segment, step: int, config: RunConfig, data: RunData, say: 
         say(
             f"  {begun} parts of documents that were split and read in part stay unread: other sizes would cut them elsewhere"
         )
-    sizes = {name: table.num_samples for name, table in data.tables.items()}
-    sizes_before = {name: table.num_samples for name, table in before.tables.items()}
-    is_weighted = all(source.weight is not None for source in data.config.sources.values())
+    sizes, sizes_before = _packed_sizes(data), _packed_sizes(before)
+    is_weighted = any(source.weight is not None for source in data.config.sources.values())
+    streamed = {name: drawn[name] for name in last.data.streamed}
+    if plan.streams is not None:
+        say("  documents that are streamed begin a new pass, with nothing carried: what was left of them stays unread")
     same_order = all(getattr(last.data, key) == getattr(data.config, key) for key in ("block_size", "blocks_in_flight"))
     if same_order and plan.is_weighted and is_weighted:
         return Start(step, {**last.start.drawn, **drawn}, unread(plan, step))  # a source that went may come back
@@ -195,11 +197,21 @@ def _take_over(last: Segment, step: int, config: RunConfig, data: RunData, say: 
         return Start(step, drawn, unread(plan, step))
     say("  so a new pass over all sources begins: what the last one had not read is left unread")
     passes = max(
-        ceil(count / (sizes_before[name] if name else sum(sizes_before.values()))) for name, count in drawn.items()
+        (
+            ceil(count / (sizes_before[name] if name else sum(sizes_before.values())))
+            for name, count in drawn.items()
+            if name not in streamed
+        ),
+        default=0,
     )
     if is_weighted:
-        return Start(step, {name: passes * size for name, size in sizes.items()})
-    return Start(step, {"": passes * sum(sizes.values())})
+        return Start(step, {name: passes * size for name, size in sizes.items()} | streamed)
+    return Start(step, {"": passes * sum(sizes.values())} | streamed)
+
+
+def _packed_sizes(data: RunData) -> dict[str, int]:
+    """Samples of each source that is not streamed."""
+    return {name: table.num_samples for name, table in data.tables.items() if not table.is_stream}
 
 
 def unread(plan: Plan, step: int) -> tuple[tuple[str, int, int], ...]:

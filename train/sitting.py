@@ -34,6 +34,7 @@ from mmctx.train.distribution import clip_gradients, is_sharded
 from mmctx.train.evaluation import LoopEvaluation
 from mmctx.train.init import Origin
 from mmctx.train.interval import Interval
+from mmctx.train.lanes import Lanes
 from mmctx.train.optim.modules import freeze
 from mmctx.train.optim.update import Update
 from mmctx.train.records import (
@@ -71,6 +72,7 @@ class Sitting:
         optimizer: torch.optim.Optimizer,
         state: TrainerState | None,
         average: dict[str, Tensor] | None,
+        lanes: dict[str, Tensor] | None = None,
     ) -> None:
         self.config, self.accelerator, self.mesh, self.run_dir, self.course = config, accelerator, mesh, run_dir, course
         self.attention = attention
@@ -78,6 +80,7 @@ class Sitting:
         self.stages, self.steps = config.stages, config.steps
         self.raw_model, self.model, self.optimizer = model, wrapped, optimizer
         self.saved, self.failed = self.state.step, False
+        self.lanes = Lanes(accelerator.device, lanes)
         self.reading: Generator[PackedBatch] | None = None
         self.bar = ProgressBar(self.steps, self.state.step, enabled=accelerator.is_main_process)
         last_step = state.step if state else -1
@@ -107,6 +110,8 @@ class Sitting:
         if self.state.step == stage.start:
             self.update.begin_stage()
         self.plan = self._plan()
+        if self.plan.start.step == self.state.step:  # another plan: no document goes on
+            self.lanes.clear()
         self.work = next(iter(self.data.tables.values())).work
         if self.accelerator.is_main_process:
             write_segments(self.run_dir, self.state.segments)
@@ -199,7 +204,7 @@ class Sitting:
             mine = share_out(self.plan.step(step), mesh.data_rank, mesh.data_size)
             whole = [next(batches) for _ in mine]
         interval.data_wait += time.perf_counter() - waited
-        parts = [mesh.shard(batch) for batch in whole]
+        parts = self.lanes.attach([bin for _, bin in mine], [mesh.shard(batch) for batch in whole])
         seeds = [derive_key(train.seed, "dropout", step, bin_number) >> 1 for bin_number, _ in mine]
         muster = self.sums.muster(self.raw_model, [number for number, _ in mine], whole, parts)
         totals = self.gradient_step([MicroBatch(*one) for one in zip(seeds, parts, strict=True)], muster)
@@ -209,6 +214,7 @@ class Sitting:
         bins = [(number, batch) for (number, _), batch in zip(mine, whole, strict=True)]
         loss = self.sums.loss(totals, muster.counts, self.weights)
         self.update(self.stage, step, loss, norm, lambda: self.sums.fingerprint(bins))
+        self.lanes.commit()
         interval.add(bins, muster, totals, norm, sum(self.work.batch(batch) for batch in whole))
         self._note_skips(whole, interval)
 
@@ -258,7 +264,8 @@ class Sitting:
     def _save(self) -> None:
         self.saved = self.state.step
         self.update.settle()
-        self.saver.save(self.raw_model, self.data.tokenizer, self.optimizer, self.state, self.line, self._average())
+        average, lanes = self._average(), self.lanes.everybodys(self.sums) if self.plan.streams is not None else {}
+        self.saver.save(self.raw_model, self.data.tokenizer, self.optimizer, self.state, self.line, average, lanes)
 
     def _finish_saving(self) -> None:
         """Until everything is on the disk. What one rank could not write is an error on all of them."""

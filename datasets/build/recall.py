@@ -35,6 +35,7 @@ def build_recall(
     tokens: int = 1 << 18,
     heldout_tokens: int = 1 << 15,
     picture_tokens: int = 1,
+    picture_values: bool = False,
     seed: int = 0,
     options: BuildOptions | None = None,
 ) -> dict[str, Any]:
@@ -45,6 +46,7 @@ def build_recall(
         tokens: of the training documents of each length, in all.
         heldout_tokens: of the held-out ones.
         picture_tokens: embeddings that the model's encoder makes of a picture.
+        picture_values: facts of a further kind, whose value is a picture where they are stated, and what it stands for where asked.
         seed: all documents are drawn from it; held-out ones never equal training ones.
 
     Raises:
@@ -62,9 +64,9 @@ def build_recall(
     source = Source(
         kind="recall",
         origin=f"seed {seed}",
-        recipe=[RECIPE_VERSION, seed, picture_tokens, counts],
+        recipe=[RECIPE_VERSION, seed, picture_tokens, counts, *["picture values"] * picture_values],
         items=functools.partial(_items, counts),
-        render=functools.partial(_render, seed=seed, picture_tokens=picture_tokens),
+        render=functools.partial(_render, seed=seed, picture_tokens=picture_tokens, picture_values=picture_values),
         total=max(count for _, count in counts.values()),
         splits=tuple(counts),
     )
@@ -80,17 +82,29 @@ def _items(counts: dict[str, tuple[int, int]], split: str, start: int) -> Iterat
         yield Item(f"{split}-{number:06d}", length, split=split)
 
 
-def _render(item: Item, seed: int, picture_tokens: int) -> Rendered:
+def _render(item: Item, seed: int, picture_tokens: int, picture_values: bool) -> Rendered:
     digest = hashlib.blake2b(f"mmctx recall\0{seed}\0{item.key}".encode(), digest_size=8).digest()
     rng = np.random.default_rng(int.from_bytes(digest, "big"))
-    return render_document(item.key, item.payload, rng, picture_tokens, round_only=item.split == "warmup")
+    round_only = item.split == "warmup"
+    return render_document(
+        item.key, item.payload, rng, picture_tokens, round_only=round_only, picture_values=picture_values
+    )
 
 
 def render_document(
-    key: str, length: int, rng: np.random.Generator, picture_tokens: int = 1, *, round_only: bool = False
+    key: str,
+    length: int,
+    rng: np.random.Generator,
+    picture_tokens: int = 1,
+    *,
+    round_only: bool = False,
+    picture_values: bool = False,
 ) -> Rendered:
     """The members of a document of `length` tokens; `round_only`: of one to warm up with."""
-    document = write_round(length, rng) if round_only else write_document(length, rng, picture_tokens)
+    if round_only:
+        document = write_round(length, rng)
+    else:
+        document = write_document(length, rng, picture_tokens, picture_values)
     shown = sorted({piece.picture for piece in document.pieces if piece.picture >= 0})
     names = {number: f"{number:02d}.png" for number in shown}
     members: Members = {"__key__": key, "json": encode_json(document.to_json(names))}

@@ -10,15 +10,26 @@ asked once at its end: they are needles, and the only ones that count in an eval
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from mmctx.datasets.build.recall_words import CODE, FILLER, KEYS, KINDS, NAMES, NUM_PICTURES, VALUES
+from mmctx.datasets.build.recall_words import (
+    CODE,
+    FILLER,
+    FIRST_SHOWN,
+    KEYS,
+    NAMES,
+    NUM_PICTURES,
+    SHOWN,
+    VALUES,
+    value_shown,
+)
 
 _SHARES = {"recall": 0.7, "needle": 0.15, "picture": 0.15}  # of kinds among stream facts
+_SHARES_WITH_SHOWN = {"recall": 0.5, "needle": 0.15, "picture": 0.15, SHOWN: 0.2}
 _FILLER_SHARE = 0.2
 _ROUND_FILLER = 0.1  # before a fact of a warm-up document
 _MOST_ASKED = 64  # of each kind
@@ -39,26 +50,30 @@ class Fact:
     """A key and its value.
 
     Attributes:
-        kind: one of `KINDS`.
+        kind: one of `KINDS`, or `SHOWN`.
         key: words or a picture that stand before the value.
         value: one of `VALUES`.
+        picture: number of the picture that is shown instead of the value where the fact is stated; -1 where it is written.
     """
 
     kind: str
     key: tuple[Piece, ...]
     value: str
+    picture: int = -1
 
     def pieces(self, learned: bool) -> list[Piece]:
         """The fact in full, as it stands in a document; `learned` where it stood there before."""
+        if self.picture >= 0 and not learned:
+            return [*self.key, Piece(picture=self.picture)]
         return [*self.key, Piece(self.value, learned=learned)]
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One asked fact. Spans are [start, end) in tokens of the document, the value last in both.
+    """One asked fact. Spans are [start, end) in tokens of the document, the value (or its picture) last in both.
 
     Attributes:
-        kind: one of `KINDS`.
+        kind: one of `KINDS`, or `SHOWN`.
         fact: where it was stated.
         ask: where it is asked.
         answer: the value.
@@ -93,13 +108,15 @@ class RecallDocument:
         return {"segments": segments, "length": self.length, "questions": asked, "values": values}
 
 
-def write_document(length: int, rng: np.random.Generator, picture_tokens: int = 1) -> RecallDocument:
-    """A document of exactly `length` tokens, a picture counting `picture_tokens`.
+def write_document(
+    length: int, rng: np.random.Generator, picture_tokens: int = 1, picture_values: bool = False
+) -> RecallDocument:
+    """A document of exactly `length` tokens, a picture counting `picture_tokens`; with `picture_values`, of facts of kind `SHOWN` as well.
 
     Raises:
         ValueError: `length` is too short for one question of each kind.
     """
-    return _Writer(length, rng, picture_tokens).write()
+    return _Writer(length, rng, picture_tokens, _SHARES_WITH_SHOWN if picture_values else _SHARES).write()
 
 
 def write_round(length: int, rng: np.random.Generator) -> RecallDocument:
@@ -129,20 +146,25 @@ def write_round(length: int, rng: np.random.Generator) -> RecallDocument:
 class _Writer:
     """One document under way."""
 
-    def __init__(self, length: int, rng: np.random.Generator, picture_tokens: int) -> None:
-        self.length, self.rng, self.picture_tokens = length, rng, picture_tokens
+    def __init__(self, length: int, rng: np.random.Generator, picture_tokens: int, shares: Mapping[str, float]) -> None:
+        self.length, self.rng, self.picture_tokens, self.shares = length, rng, picture_tokens, shares
         self.keys = {
             "recall": [(Piece(word),) for word in rng.permutation(KEYS).tolist()],
             "needle": [(*map(Piece, CODE), Piece(word)) for word in rng.permutation(NAMES).tolist()],
             "picture": [(Piece(picture=number),) for number in rng.permutation(NUM_PICTURES).tolist()],
         }  # fmt: skip
+        if SHOWN in shares:  # one half of the pictures are keys, the others values
+            self.keys["picture"] = [key for key in self.keys["picture"] if key[0].picture < FIRST_SHOWN]
+            self.keys[SHOWN] = self.keys["recall"]  # the same words: a key may have either kind of value
 
     def write(self) -> RecallDocument:
         each = max(1, min(_MOST_ASKED, self.length // _TOKENS_PER_ASKED))
-        asked = [self._new(kind) for kind in KINDS for _ in range(each)]
-        asked_tokens = self._tokens([piece for fact in asked for piece in fact.pieces(False)])
+        asked = [self._new(kind) for kind in self.shares for _ in range(each)]
+        stated_tokens, asked_tokens = (
+            self._tokens([piece for fact in asked for piece in fact.pieces(learned)]) for learned in (False, True)
+        )
         body = self.length - 1 - asked_tokens
-        room = int(body * (1 - _FILLER_SHARE)) - asked_tokens
+        room = int(body * (1 - _FILLER_SHARE)) - stated_tokens
         if room < 0:
             raise ValueError(
                 f"a document of {self.length} tokens holds no question of each kind; {4 * asked_tokens} tokens do"
@@ -161,6 +183,9 @@ class _Writer:
         """A fact whose key the document has not had."""
         if not self.keys[kind]:
             kind = "recall"  # there are few pictures
+        if kind == SHOWN:
+            picture = int(self.rng.integers(FIRST_SHOWN, NUM_PICTURES))
+            return Fact(kind, self.keys[kind].pop(), value_shown(picture), picture)
         return Fact(kind, self.keys[kind].pop(), VALUES[self.rng.integers(len(VALUES))])
 
     def _tokens(self, pieces: Sequence[Piece]) -> int:
@@ -173,10 +198,11 @@ class _Writer:
         fact is stated, else the one comes again whose last mention is nearest to that distance. Where keys run out, in documents of
         thousands of tokens, the longest distances are left to asked facts.
         """
-        lengths = {"recall": 2, "needle": len(CODE) + 2, "picture": self.picture_tokens + 1}
-        mean = sum(_SHARES[kind] * lengths[kind] for kind in KINDS)
+        kinds = tuple(self.shares)
+        lengths = {"recall": 2, "needle": len(CODE) + 2, "picture": self.picture_tokens + 1, SHOWN: 2}
+        mean = sum(self.shares[kind] * lengths[kind] for kind in kinds)
         longest = max(room / mean, 2.0)  # the stream's length, about
-        bounds = np.cumsum([_SHARES[kind] for kind in KINDS[:-1]])
+        bounds = np.cumsum([self.shares[kind] for kind in kinds[:-1]])
         statements: list[tuple[Fact, bool]] = []
         facts: list[Fact] = []
         last = np.zeros(len(KEYS) + len(NAMES) + NUM_PICTURES)  # the newest mention of each fact
@@ -187,8 +213,8 @@ class _Writer:
                 chosen = int(np.abs(np.log((number - last[: len(facts)]) / distance)).argmin())
             else:
                 chosen = len(facts)
-                facts.append(self._new(KINDS[int(np.searchsorted(bounds, self.rng.random()))]))
-            room -= self._tokens(facts[chosen].pieces(False))
+                facts.append(self._new(kinds[int(np.searchsorted(bounds, self.rng.random()))]))
+            room -= self._tokens(facts[chosen].pieces(is_known))
             if room < 0:
                 return statements
             last[chosen] = number

@@ -11,6 +11,8 @@ from PIL import Image, ImageDraw
 
 KINDS = ("recall", "needle", "picture")
 """Kinds of facts: a key and its value among many; the code of a name; a picture and its value."""
+SHOWN = "shown"
+"""A further kind, where it is asked for: a key whose value is shown as a picture, and asked as the value that the picture stands for."""
 
 _SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
 KEYS = tuple(a + b for a, b in itertools.product(_SYLLABLES[:16], _SYLLABLES[16:24]))
@@ -31,6 +33,13 @@ PICTURE_SIZE = 32
 _SHAPES = ("disc", "ring", "square", "frame", "cross", "bars", "triangle", "diamond")
 _COLORS = 12
 NUM_PICTURES = len(_SHAPES) * _COLORS
+FIRST_SHOWN = NUM_PICTURES // 2
+"""Where there are facts of kind `SHOWN`, pictures from here on are values, those before it keys."""
+
+
+def value_shown(number: int) -> str:
+    """What picture `number` stands for where it is a value: the same in all documents."""
+    return VALUES[number % len(VALUES)]
 
 
 def draw_picture(number: int) -> bytes:

@@ -52,7 +52,9 @@ def _source(plan: Plan, number: int, steps: int) -> dict[str, Any]:
     """How often a source is read: unique samples, repeats, and what is left out."""
     name, survey = plan.names[number], plan.surveys[number]
     size = survey.num_samples
-    order, share = (name, 1) if plan.is_weighted else ("", Fraction(size, plan.num_samples))
+    apart = plan.is_weighted or name in plan.config.streamed
+    packed = sum(t.num_samples for n, t in zip(plan.names, plan.tables, strict=True) if n not in plan.config.streamed)
+    order, share = (name, 1) if apart else ("", Fraction(size, packed))
     before = int(plan.start.drawn.get(order, 0) * share)  # by earlier segments
     after = int(plan.draws(steps)[order] * share)
     drawn, unique = after - before, min(after, size) - min(before, size)

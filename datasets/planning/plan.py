@@ -18,9 +18,10 @@ import numpy as np
 from mmctx.datasets.config import DataConfig
 from mmctx.datasets.planning.order import BlockOrder, Mixture, derive_key
 from mmctx.datasets.planning.packing import alike, best_fit, deal, even_fit
+from mmctx.datasets.planning.streams import Piece, Streams
 from mmctx.datasets.planning.survey import survey
 from mmctx.datasets.planning.table import Table, Units
-from mmctx.datasets.planning.window import fit_window
+from mmctx.datasets.planning.window import Window, fit_window
 from mmctx.errors import DataError
 
 
@@ -34,6 +35,7 @@ class Bin:
         cost: their estimated FLOPs.
         left_out: (source number, sample id, code of a reason) of samples that were drawn beside them and cannot be used.
         step: the global step that reads it, which schedules of objectives follow; None where none does, as in evaluation.
+        lane: where the first sample is a piece of a stream: which lane's, a number below `bins_per_step`.
     """
 
     samples: tuple[tuple[int, int, int, int], ...]
@@ -41,6 +43,7 @@ class Bin:
     cost: int
     left_out: tuple[tuple[int, int, int], ...] = ()
     step: int | None = None
+    lane: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,23 +86,32 @@ class Plan:
                     f"data.sources.{name}: no usable sample in {config.sources[name].shards} ({_counts(found.reasons)}); "
                     "for over_long see data.context_length, the limits of bins and long_documents; for the rest run `mmctx data check`"
                 )
-        self.is_weighted = config.sources[self.names[0]].weight is not None
-        sizes = [table.num_samples for table in self.tables]
+        self._packed = np.array([n for n, name in enumerate(self.names) if name not in config.streamed])
+        """Numbers of the sources whose samples are packed; those of the others are read along lanes."""
+        packed = [self.names[n] for n in self._packed]
+        self.is_weighted = any(config.sources[name].weight is not None for name in packed)
+        streamed = {n: table for n, (name, table) in enumerate(tables.items()) if name in config.streamed}
+        before = {n: self.start.drawn.get(self.names[n], 0) for n in streamed}
+        self.streams = Streams(streamed, before, config.bins_per_step, seed) if streamed else None
+        sizes = [self.tables[n].num_samples for n in self._packed]
         if self.is_weighted:
             self._starts, self._mixture = None, Mixture(self._weights())
             shares = [Fraction(int(count), Mixture.CYCLE) for count in self._mixture.counts]
         else:  # one order over all sources laid end to end: every sample once an epoch
             self._starts, self._mixture = np.cumsum([0, *sizes[:-1]]), Mixture([1.0])
             shares = [Fraction(size, sum(sizes)) for size in sizes]
-            sizes = [sum(sizes)]
-        groups = self.names if self.is_weighted else ("",)
+            sizes = [sum(sizes)] * bool(packed)
+        groups = self._groups = tuple(packed) if self.is_weighted else ("",) * bool(packed)
         self._orders = [  # keyed by name: a source's number changes when others come or go, its order must not
             BlockOrder(size, config.block_size, config.blocks_in_flight, derive_key(seed, "order", name or 0))
             for name, size in zip(groups, sizes, strict=True)
         ]
         self._drawn = [self.start.drawn.get(name, 0) for name in groups]
         self._carried = tuple(sample for sample in self.start.carried if sample[0] in tables)
-        window = fit_window(self.surveys, shares, config.limits, config.bins_per_step, config.window_steps)
+        window = Window(1, 0)  # where all sources are streamed
+        if packed:
+            surveys = [self.surveys[n] for n in self._packed]
+            window = fit_window(surveys, shares, config.limits, config.bins_per_step, config.window_steps)
         self.window_steps, self.samples_per_window = window.steps, window.samples
         self._window = lru_cache(maxsize=2)(self._pack_window)
 
@@ -118,7 +130,12 @@ class Plan:
         window, place = divmod(step - self.start.step, self.window_steps)
         if window < 0:
             raise IndexError(f"step {step} comes before step {self.start.step}, where this segment of the plan begins")
-        return self._window(window)[place]
+        bins = self._window(window)[place]
+        if self.streams is None:
+            return bins
+        pieces = [self.streams.piece(step - self.start.step, lane) for lane in range(self.config.bins_per_step)]
+        own = [_with_piece(bin, piece, lane) for lane, (bin, piece) in enumerate(zip(bins, pieces, strict=False))]
+        return own + bins[len(own) :]
 
     def draw(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Stream positions of this segment (n,) -> (source numbers, sample ids, epochs)."""
@@ -131,7 +148,7 @@ class Plan:
         if self._starts is not None:
             group = np.searchsorted(self._starts, ids, side="right") - 1
             ids = ids - self._starts[group]
-        return group, ids, epoch
+        return self._packed[group], ids, epoch
 
     def draws(self, steps: int) -> dict[str, int]:
         """How many samples of each order (see `Start.drawn`) are drawn up to the end of the window that holds the last of `steps` steps,
@@ -139,15 +156,18 @@ class Plan:
         """
         positions = max(-(-steps // self.window_steps) * self.samples_per_window - len(self._carried), 0)
         counts = self._mixture.count(positions)
-        names = self.names if self.is_weighted else ("",)
-        return {name: before + int(count) for name, before, count in zip(names, self._drawn, counts, strict=True)}
+        drawn = {name: before + int(n) for name, before, n in zip(self._groups, self._drawn, counts, strict=False)}
+        if self.streams is not None:
+            drawn |= {self.names[number]: count for number, count in self.streams.draws(steps).items()}
+        return drawn
 
     def _weights(self) -> list[float]:
         """Shares of samples, up to a factor."""
-        weights = [float(self.config.sources[name].weight or 0) for name in self.names]
+        weights = [float(self.config.sources[self.names[n]].weight or 0) for n in self._packed]
         if self.config.weight_by == "samples":
             return weights
-        return [weight / float(found.mean("tokens")) for weight, found in zip(weights, self.surveys, strict=True)]
+        surveys = [self.surveys[n] for n in self._packed]
+        return [weight / float(found.mean("tokens")) for weight, found in zip(weights, surveys, strict=True)]
 
     def waiting(self, windows: int) -> tuple[tuple[str, int, int], ...]:
         """Samples of `Start.carried` that the first `windows` windows do not reach, or that are of sources the plan lacks."""
@@ -165,6 +185,8 @@ class Plan:
         return tuple(np.concatenate(pair) for pair in zip(earlier, fresh, strict=True))  # type: ignore[return-value]
 
     def _pack_window(self, window: int) -> list[list[Bin]]:
+        if not len(self._packed):
+            return [[Bin((), 0, 0, step=self.start.step + window)] * self.config.bins_per_step]
         group, ids, epoch = self.drawn_by(window)
         found = measure_all(self.tables, group, ids)
         per_step = self.config.bins_per_step
@@ -183,9 +205,26 @@ class Plan:
 
 
 def share_out(bins: Sequence[Bin], rank: int, world_size: int) -> list[tuple[int, Bin]]:
-    """(number within the step, bin) of those that one rank takes: as many for each, and costs as even as may be."""
+    """(number within the step, bin) of those that one rank takes: as many for each, and costs as even as may be.
+
+    Lanes of streams have their ranks: each takes as many lanes, next to each other, at every step.
+    """
+    if lanes := sum(bin.lane is not None for bin in bins):
+        return [(number, bin) for number, bin in enumerate(bins) if number % lanes * world_size // lanes == rank]
     hands = deal(np.array([bin.cost for bin in bins]), world_size)
     return [(int(number), bins[number]) for number in np.sort(hands[rank])]
+
+
+def _with_piece(bin: Bin, piece: Piece, lane: int) -> Bin:
+    """A bin that reads a piece of a stream before all else."""
+    return replace(
+        bin,
+        samples=(piece.sample, *bin.samples),
+        tokens=bin.tokens + piece.tokens,
+        cost=bin.cost + piece.cost,
+        left_out=(*piece.left_out, *bin.left_out),
+        lane=lane,
+    )
 
 
 def measure_all(tables: Sequence[Table], group: np.ndarray, ids: np.ndarray) -> Units:

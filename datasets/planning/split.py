@@ -1,4 +1,5 @@
-"""What becomes of a document that is longer than the context: dropped, truncated or split, by declared policy. Media are never cut.
+"""What becomes of a document that is longer than the context: dropped, truncated, split or streamed, by declared policy. Media are never
+cut.
 
 The plan cuts lengths that the index knows, the loader cuts the decoded sample: both through `cut`, so that they agree.
 """
@@ -12,12 +13,14 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from mmctx.datasets.planning.order import derive_key
-from mmctx.pack import MediaItem
+from mmctx.errors import SampleError
+from mmctx.pack import Document, MediaItem
 from mmctx.sample import Sample, make_uid, source_numbers
 
-LongDocuments = Literal["drop", "truncate", "split"]
+LongDocuments = Literal["drop", "truncate", "split", "stream"]
 """`drop`: the sample is left out as `over_long`. `truncate`: its text is cut off where the context ends. `split`: an interleaved
-document or a text without media becomes several documents, cut between segments where possible; other samples are truncated."""
+document or a text without media becomes several documents, cut between segments where possible; other samples are truncated. `stream`:
+it stays one document, whose pieces are read in successive steps; what layers look back to is carried from one to the next."""
 
 
 class Piece(NamedTuple):
@@ -56,6 +59,45 @@ def cut(lengths: Sequence[int], is_media: Sequence[bool], room: int) -> list[lis
                 left = room
             start = stop
     return [part for part in parts if part]
+
+
+def cut_stream(length: int, media: Sequence[tuple[int, int]], room: int) -> list[int]:
+    """Where the pieces of a streamed document end: each has `room` tokens, or less where media would be cut.
+
+    Args:
+        length: tokens of the document.
+        media: (offset, tokens) of each item in running order, none of more than `room` tokens.
+        room: tokens of a piece.
+    """
+    stops, number = [0], 0
+    while stops[-1] < length:
+        stop = min(stops[-1] + room, length)
+        while number < len(media) and sum(media[number]) <= stop:
+            number += 1
+        if number < len(media) and media[number][0] < stop:
+            stop = media[number][0]
+        stops.append(stop)
+    return stops[1:]
+
+
+def piece_of(document: Document, number: int, room: int) -> Document:
+    """One piece of a streamed document.
+
+    Raises:
+        SampleError: it has not so many pieces.
+    """
+    spans = [(offset, item.num_tokens) for offset, item in document.media]
+    stops = [0, *cut_stream(len(document.input_ids), spans, room)]
+    if number + 1 >= len(stops):
+        raise SampleError("over_long", f"the index promises piece {number}, the document makes {len(stops) - 1}")
+    start, stop = stops[number], stops[number + 1]
+    return replace(
+        document,
+        input_ids=document.input_ids[start:stop],
+        labels=document.labels[start:stop],
+        media=tuple((offset - start, item) for offset, item in document.media if start <= offset < stop),
+        start=start,
+    )
 
 
 def split_sample(sample: Sample, policy: LongDocuments, room: int) -> list[Sample]:

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from mmctx.datasets.config import NO_LIMIT, DataConfig, SourceConfig
-from mmctx.datasets.planning.split import cut, split_sample
+from mmctx.datasets.planning.split import cut, cut_stream, split_sample
 from mmctx.datasets.shards.contents import REASONS
 from mmctx.datasets.shards.measure import MEDIA_KINDS
 from mmctx.datasets.shards.source import Source
@@ -101,6 +101,7 @@ class SourceTable:
         self.num_samples = source.num_samples
         self.limits = data.limits
         self.room = min(half.room(data.context_length) for half in self.halves)
+        self.is_stream = config.long_documents == "stream"
         if self.room < 1 and config.long_documents != "drop":
             raise ConfigError(
                 f"data.context_length={data.context_length} leaves no room for a token beside what the objectives "
@@ -116,6 +117,8 @@ class SourceTable:
         low, high = self.config.lengths
         outside = (longest > 0) & ((longest < low) | (longest > (high or NO_LIMIT)))
         flags = np.where((flags == 0) & outside, _OTHER_LENGTH, flags)
+        if self.is_stream:
+            return self._pieces(ids, whole, flags)
         long = (flags == 0) & (longest > self.data.context_length)
         owner, part = np.arange(len(ids)), np.zeros(len(ids), np.int64)
         sizes = whole
@@ -152,7 +155,7 @@ class SourceTable:
     def parts(self, sample: Sample) -> list[Sample]:
         """The parts of a decoded sample that `units` counts: it is cut where a document of it would be too long, and nowhere else."""
         policy, context_length = self.config.long_documents, self.data.context_length
-        if policy == "drop" or self._longest(SampleSizes.of(sample))[0] <= context_length:
+        if policy in ("drop", "stream") or self._longest(SampleSizes.of(sample))[0] <= context_length:
             return [sample]
         return split_sample(sample, policy, self.room)
 
@@ -236,6 +239,35 @@ class SourceTable:
                 pictures += int(kinds[segment]) == MEDIA_KINDS.index("image")
             yield sums[-1], sums[0], sums[1], pictures
 
+    def _pieces(self, ids: np.ndarray, whole: SampleSizes, flags: np.ndarray) -> Units:
+        """Units of a source that is streamed: the pieces of the one document that each sample makes."""
+        (half,), pre, room = self.halves, self.preprocessors, self.data.context_length
+        made = half.lengths(whole)  # (n, c)
+        lengths, labels = made.sum(axis=1), half.labels(whole)
+        reasons = np.where((flags == 0) & (lengths == 0), _MISSING, flags).astype(np.uint8)
+        reasons[(flags == 0) & ((made > 0).sum(axis=1) > 1)] = _OVER_LONG  # a picture and a clip: two documents
+        rows: list[tuple[int, ...]] = []
+        for number in np.flatnonzero(reasons == 0).tolist():
+            media = int(whole.image_tokens[number] + whole.audio_tokens[number])
+            kind = 0 if whole.image_tokens[number] else 1
+            spans = [(0, media, kind)] if media else []
+            if whole.interleaved[number] and media:
+                tokens, kinds = self.source.segments(int(ids[number]), pre.image_tokens, pre.audio_tokens)
+                starts = np.cumsum(tokens) - tokens
+                columns = zip(starts.tolist(), tokens.tolist(), kinds.tolist(), strict=True)
+                spans = [(offset, size, kind) for offset, size, kind in columns if kind >= 0]
+            if any(size > room for _, size, _ in spans):
+                reasons[number] = _OVER_LONG
+                continue
+            stops = cut_stream(int(lengths[number]), [(offset, size) for offset, size, _ in spans], room)
+            rows += _rows(number, stops, spans)
+        owner, part, start, tokens, pictures, audio = np.array(rows, np.int64).reshape(-1, 6).T
+        share = labels[owner] * tokens // np.maximum(lengths[owner], 1)
+        costs = tokens * self.work.token + pictures * self.work.image + audio * self.work.audio_token
+        costs += self.work.attention(tokens, half.causal, start) + share * self.work.label
+        sizes = np.stack([tokens, pictures, audio * pre.frames_per_token, np.zeros_like(tokens)], axis=1)
+        return Units(reasons, owner, part, sizes, costs)
+
     def _tokens_and_costs(self, sizes: SampleSizes, lengths: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         tokens = np.sum([part.sum(axis=1) for part in lengths], axis=0)
         work = self.work
@@ -244,3 +276,15 @@ class SourceTable:
         for half, part in zip(self.halves, lengths, strict=True):
             costs = costs + self.work.attention(part, half.causal).sum(axis=1) + half.labels(sizes) * self.work.label
         return tokens, costs
+
+
+def _rows(owner: int, stops: Sequence[int], media: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
+    """(owner, number, start, tokens, pictures, tokens of sound) of each piece of a stream, whose media are (offset, tokens, kind)."""
+    start, at = 0, 0
+    for number, stop in enumerate(stops):
+        held = dict.fromkeys(range(len(MEDIA_KINDS)), 0)
+        while at < len(media) and media[at][0] < stop:
+            held[media[at][2]] += media[at][1] if media[at][2] else 1
+            at += 1
+        yield owner, number, start, stop - start, held[0], held[1]
+        start = stop

@@ -6,7 +6,7 @@
 What is changed: text tokens, patches of pictures, frames of clips, labels. What must not move, by a single bit: hidden states, embeddings
 and losses of every other document, and what a causal document holds before the change. And what must be exactly zero: the gradient of a
 document's hidden states and losses with respect to all that belongs to others. What was changed must itself move, or the check counts
-as blind. Dropout is on, with equal masks.
+as blind. Dropout is on, with equal masks. Models with a memory are also read behind another document on a stream's lane.
 
 Which tokens belong to which document is told by the documents, not by the batch or the model: see `ownership`.
 """
@@ -20,6 +20,7 @@ from mmctx.audit.encoders import EncoderAudit
 from mmctx.audit.family import every_pair, neighbours, stretches
 from mmctx.audit.forward import ForwardAudit
 from mmctx.audit.gradients import GradientAudit
+from mmctx.audit.lanes import audit_lane
 from mmctx.audit.modes import left_as_it_was, other_modes, own_mode, running
 from mmctx.audit.observe import Subject
 from mmctx.audit.ownership import Ownership
@@ -27,6 +28,7 @@ from mmctx.audit.packing import PARTS, mismatches
 from mmctx.audit.perturb import sweeps
 from mmctx.audit.report import AuditReport, Blind, Check, Leak, Mode, Place
 from mmctx.errors import DataError
+from mmctx.layer_memory import LayerMemory
 from mmctx.model import MmctxModel
 from mmctx.pack import Document, PackedBatch
 
@@ -101,6 +103,8 @@ def _audit_mode(subject: Subject, mode: Mode, report: AuditReport, progress: Cal
         return
     if base.equals(subject.observe(subject.batch)):
         forward = ForwardAudit(subject, base, mode, report)
+        if any(isinstance(module, LayerMemory) for module in subject.model.modules()):
+            jobs.append(partial(audit_lane, subject, mode, report))
         for sweep in sweeps(subject.batch, subject.owned, subject.model.vocab_size):
             units = family(sweep.num_units)
             jobs += [partial(forward.run_pass, sweep, some, number) for number, some in enumerate(units)]

@@ -151,8 +151,8 @@ class Ownership:
 
 
 def packed_order(documents: Sequence[Document]) -> list[Document]:
-    """Causal documents first, as they are packed."""
-    return [d for d in documents if d.causal] + [d for d in documents if not d.causal]
+    """A piece of a stream first, then causal documents, as they are packed."""
+    return sorted(documents, key=lambda d: (d.start is None, not d.causal))
 
 
 def _holdings(kind: str, media: MediaBatch, ends: Sequence[int]) -> list[Holding]:

@@ -45,7 +45,9 @@ def mismatches(batch: PackedBatch, documents: Sequence[Document]) -> list[Mismat
         "boundaries": _boundaries,
         "input_ids": lambda b, d, s: _arrays(b.input_ids, [x.input_ids for x in d], s),
         "labels": lambda b, d, s: _arrays(b.labels, [x.labels for x in d], s),
-        "position_ids": lambda b, d, s: _arrays(b.position_ids, [np.arange(len(x.input_ids)) for x in d], s),
+        "position_ids": lambda b, d, s: _arrays(
+            b.position_ids, [np.arange(len(x.input_ids)) + (x.start or 0) for x in d], s
+        ),
         "objectives": _objectives,
         "label_positions": _label_positions,
         "pooled": _pooled,

@@ -253,6 +253,10 @@ def recall(
     tokens: Annotated[int, typer.Option(help="Training tokens of each length.")] = 1 << 18,
     heldout_tokens: Annotated[int, typer.Option(help="Held-out tokens of each length.")] = 1 << 15,
     picture_tokens: Annotated[int, typer.Option(help="Embeddings that the model makes of a picture.")] = 1,
+    picture_values: Annotated[
+        bool,
+        typer.Option("--picture-values", help="Further facts, whose value is shown as a picture and asked in words."),
+    ] = False,
     seed: Annotated[int, typer.Option(help="All documents are drawn from it.")] = 0,
     per_shard: PerShard = 1000,
     shard_mb: ShardMb = 256,
@@ -263,6 +267,7 @@ def recall(
     from mmctx.datasets.build.recall import LENGTHS, build_recall
 
     sizes = {"tokens": tokens, "heldout_tokens": heldout_tokens, "picture_tokens": picture_tokens, "seed": seed}
+    sizes["picture_values"] = picture_values
     run(build_recall, as_json, (0.0, per_shard, shard_mb, workers), out=out, lengths=length or LENGTHS, **sizes)
 
 

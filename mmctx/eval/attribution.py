@@ -14,11 +14,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mmctx.attention.memory import Far
 from mmctx.errors import DataError
 from mmctx.model import MmctxModel
 from mmctx.pack import PackedBatch
@@ -129,31 +131,49 @@ def attention_rollout(model: MmctxModel, batch: PackedBatch, position: int) -> T
     Each layer counts as half the mean of its heads and half the residual stream. Zero outside the position's document.
     """
     first, end = _document(batch, position)
-    queries, keys = _queries_and_keys(model, batch, slice(first, end))
-    weights = torch.zeros(end - first, dtype=_wide(queries[0]), device=queries[0].device)  # (L,)
+    looks = _looks(model, batch, slice(first, end))
+    weights = torch.zeros(end - first, dtype=_wide(looks[0].q), device=looks[0].q.device)  # (L,)
     weights[position - first] = 1
-    for layer in reversed(range(len(queries))):
+    for layer in reversed(range(len(looks))):
         window = model.trunk.config.layer_window(layer)
         mixed = torch.zeros_like(weights)
         for start in range(0, end - first, _ROWS):
             rows = weights[start : start + _ROWS]  # (B,)
             if bool(rows.any()):
-                mixed += rows @ attention_rows(queries[layer], keys[layer], start, start + len(rows), window)
+                mixed += rows @ attention_rows(looks[layer], start, start + len(rows), window)
         weights = (weights + mixed) / 2
     whole = weights.new_zeros(batch.num_tokens)
     whole[first:end] = weights
     return whole
 
 
-def attention_rows(q: Tensor, k: Tensor, start: int, end: int, window: int | None) -> Tensor:
-    """(B, L) attention of the queries `start` to `end` of a causal document, mean over heads; q (L, H, d), k (L, K, d)."""
-    heads = q.shape[1] // k.shape[1]
-    keys = k.repeat_interleave(heads, dim=1)  # query head h reads key head h // heads
-    scores = torch.einsum("bhd,lhd->hbl", q[start:end], keys) * q.shape[-1] ** -0.5
-    place = torch.arange(len(q), device=q.device)
+class Look(NamedTuple):
+    """What a layer attends by in a document: rotated queries (L, H, d), keys (L, K, d), and what it looks for beyond its window."""
+
+    q: Tensor
+    k: Tensor
+    far: Far | None
+
+
+def attention_rows(look: Look, start: int, end: int, window: int | None) -> Tensor:
+    """(B, L) attention of the queries `start` to `end` of a causal document, mean over heads."""
+    scores, far = _scores(look.q, look.k, start, end), look.far
+    place = torch.arange(len(look.q), device=look.q.device)
     behind = place[start:end, None] - place[None]  # (B, L) how far back a key lies
     seen = (behind >= 0) if window is None else (behind >= 0) & (behind < window)
+    if far is not None and window is not None:
+        beyond = _scores(far.q, far.k, start, end) + far.gate[:, None, None]
+        beyond.masked_fill_((behind < window) | (behind >= window + far.tokens), -torch.inf)
+        best, found = beyond.topk(min(far.top_k, len(place)), dim=-1)
+        beyond = torch.full_like(beyond, -torch.inf).scatter_(-1, found, best)
+        scores, seen = torch.where(seen, scores, beyond), seen | (behind >= window)
     return scores.masked_fill(~seen, -torch.inf).softmax(-1, dtype=_wide(scores)).mean(0)
+
+
+def _scores(q: Tensor, k: Tensor, start: int, end: int) -> Tensor:
+    """(H, B, L) of the queries `start` to `end`."""
+    keys = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # query head h reads key head h // heads
+    return torch.einsum("bhd,lhd->hbl", q[start:end], keys) * q.shape[-1] ** -0.5
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
@@ -161,17 +181,16 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _queries_and_keys(model: MmctxModel, batch: PackedBatch, document: slice) -> tuple[list[Tensor], list[Tensor]]:
-    """Rotated queries (L, H, d) and keys (L, K, d) of a document in every layer."""
+def _looks(model: MmctxModel, batch: PackedBatch, document: slice) -> list[Look]:
+    """What every layer attends by in a document."""
     trunk = model.trunk
     x, rope = trunk.enter(model.embed(batch), model.positions(batch), batch.layout)
-    queries, keys = [], []
+    found = []
     for block in trunk.blocks:
-        q, k, _ = block.project(x, rope)  # type: ignore[operator]
-        queries.append(q[document])
-        keys.append(k[document])
+        q, k, *rest = (tensor[document] for tensor in block.project(x, rope))  # type: ignore[operator]
+        found.append(Look(q, k, block.attention.far((q, k, *rest))))  # type: ignore[operator,union-attr]
         x = block(x, rope, batch.layout)
-    return queries, keys
+    return found
 
 
 def _document(batch: PackedBatch, position: int) -> tuple[int, int]:

@@ -68,6 +68,11 @@ class EvalConfig(StrictModel):
                 f"every={self.every} asks for evaluations inside training, but sources names no held-out shards"
             )
         for name, source in self.sources.items():
+            if source.long_documents == "stream":
+                raise ValueError(
+                    f"sources.{name}.long_documents is stream, but held-out documents are read whole and in any order; use drop, truncate "
+                    "or split"
+                )
             if source.augment is not None:
                 raise ValueError(
                     f"sources.{name}.augment is set, but held-out samples are read as they are, so that evaluations can be compared; "

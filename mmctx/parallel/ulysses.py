@@ -9,19 +9,29 @@ Shapes: T tokens, S ranks, t tokens of a rank, H query heads, K key and value he
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from mmctx.attention import attention
+from mmctx.attention.memory import Far, memory_attention
 from mmctx.layout import DocumentLayout
 from mmctx.parallel.exchange import RowExchange
 
 
 def sequence_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: DocumentLayout, *, window: int | None = None, backend: str = "auto"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: DocumentLayout,
+    *,
+    window: int | None = None,
+    backend: str = "auto",
+    far: Far | None = None,
 ) -> Tensor:
-    """`mmctx.attention.attention` of this rank's tokens to all tokens of their documents, wherever those lie.
+    """`mmctx.attention.attention`, or with `far` `memory_attention`, of this rank's tokens to all tokens of their documents, wherever
+    those lie.
 
     Without `layout.shards` all tokens are here, and it is `attention` itself.
 
@@ -31,28 +41,43 @@ def sequence_attention(
         v: (t, K, d).
         layout: of all T tokens.
         window, backend: as there.
+        far: what to look for beyond the window, of this rank's tokens.
 
     Returns:
         (t, H, d).
     """
     shards = layout.shards
     if shards is None:
-        return attention(q, k, v, layout, window=window, backend=backend)
+        return _attend(q, k, v, layout, window, backend, far)
     if not q.is_meta and torch.is_autocast_enabled(q.device.type):  # before the exchange, which then moves half as much
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+        far = far and replace(far, q=far.q.to(q.dtype), k=far.k.to(k.dtype))
     num_tokens, size = len(q), len(shards.sizes)
     repeats = key_head_repeats(q.shape[1], k.shape[1], size)
+    keys = [k, v] if far is None else [k, v, far.k]
     if repeats > 1:  # its backward sums over the copies
-        k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
+        keys = [x.repeat_interleave(repeats, dim=1) for x in keys]
     exchange = RowExchange((num_tokens,) * size, shards.sizes, shards.group)
-    heads = [x.shape[1] // size for x in (q, k, v)]
-    shares = [x.unflatten(1, (size, n)).transpose(0, 1) for x, n in zip((q, k, v), heads, strict=True)]  # (S, t, h, d)
+    tensors = [q, *keys] if far is None else [q, *keys, far.q]
+    heads = [x.shape[1] // size for x in tensors]
+    shares = [x.unflatten(1, (size, n)).transpose(0, 1) for x, n in zip(tensors, heads, strict=True)]  # (S, t, h, d)
     everyone = exchange(torch.cat(shares, dim=2).flatten(0, 1))  # (S * t, h + 2k, d) -> (T, h + 2k, d)
-    q, k, v = everyone.split(heads, dim=1)
-    mixed = attention(q, k, v, layout, window=window, backend=backend)  # (T, h, d)
+    q, k, v, *rest = everyone.split(heads, dim=1)
+    if far is not None:
+        gate = far.gate.unflatten(0, (size, -1))[shards.rank]
+        far = replace(far, k=rest[0], q=rest[1], gate=gate)
+    mixed = _attend(q, k, v, layout, window, backend, far)  # (T, h, d)
     own = exchange.back()(mixed).unflatten(0, (size, num_tokens))  # (S, t, h, d)
     return own.transpose(0, 1).flatten(1, 2)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, layout: DocumentLayout, window: int | None, backend: str, far: Far | None
+) -> Tensor:
+    if far is None or window is None:
+        return attention(q, k, v, layout, window=window, backend=backend)
+    return memory_attention(q, k, v, layout, far, window=window, backend=backend)
 
 
 def key_head_repeats(num_heads: int, num_kv_heads: int, size: int) -> int:

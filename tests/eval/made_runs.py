@@ -169,6 +169,16 @@ def all_results(edge: int = 1024) -> dict[str, Any]:
         "needle": grid(("single", "multi_key", "picture"), lengths, edge),
         "passkey": grid(("passkey",), lengths, edge),
         "world": grid(("before", "count"), lengths, edge),
+        "memory_recall": {
+            "window": 32,
+            "reach": 32,
+            "distances": {
+                str(n): {
+                    mode: {"all": score(share), "needle": score(share)} for mode, share in (("on", 0.9), ("off", 0.1))
+                }
+                for n in (0, 1, 2, 4)
+            },
+        },
         "recall": {
             "lengths": at,
             "controls": {"alone": score(1.0), "removed": score(0.1)},

@@ -157,7 +157,7 @@ def test_rollout_is_the_product_of_whole_matrices(context: EvalContext, window: 
     seen: list[tuple[Tensor, Tensor]] = []
     for block in model.trunk.blocks:
         attend = block.attention.attend
-        block.attention.attend = lambda q, k, *rest, attend=attend: (seen.append((q, k)), attend(q, k, *rest))[1]
+        block.attention.attend = lambda given, *rest, attend=attend: (seen.append(given[:2]), attend(given, *rest))[1]
     with torch.no_grad():
         model.encode(batch)
     length = len(long[1].input_ids)

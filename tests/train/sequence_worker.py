@@ -34,6 +34,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "head_dim": 4,
         "dropout": 0.1,
     },
+    "memories": {"windows": [3], "memory": {"layers": [0, 1], "top_k": 4, "tokens": 30}},
+    "a memory of exact distances, one key head": {
+        "num_kv_heads": 1,
+        "windows": [None, 3],
+        "memory": {"layers": [1], "top_k": 4, "distances": "exact"},
+    },
     "as BERT": {
         "learned_positions": 128,
         "embedding_norm": True,

@@ -63,6 +63,7 @@ class Saver:
         state: TrainerState,
         metrics: Mapping[str, Any] | None = None,
         average: Mapping[str, Tensor] | None = None,
+        lanes: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Copies everything and returns; the next step may change it. Waits for the checkpoint before this one, if that is still written.
 
@@ -72,6 +73,7 @@ class Saver:
             model, tokenizer, optimizer, state: of the run.
             metrics: the line of this step.
             average: averaged weights, where the run keeps them.
+            lanes: memories of streams, of all ranks, on the host; nothing may change them.
 
         Raises:
             CheckpointError: `train.keep` names a metric that there is not.
@@ -91,6 +93,7 @@ class Saver:
             adapter=adapter_tensors(model, weights, saved_modules(model)) if tuned and weights else {},
             optimizer=optimizer_state,
             average=averaged,
+            lanes=lanes or {},
             texts=self._files(tokenizer) | (self._adapter_files(model) if tuned else {}),
             metrics=metrics or {},
         )

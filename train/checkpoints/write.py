@@ -18,6 +18,7 @@ from mmctx.train.checkpoints.files import flush, write_json
 from mmctx.train.checkpoints.layout import delete, final_path, partial_path, point_latest
 from mmctx.train.checkpoints.manifest import OPTIMIZER, seal
 from mmctx.train.checkpoints.state import TrainerState
+from mmctx.train.lanes import LANES
 from mmctx.train.optim.ema import save_ema
 from mmctx.tuning.peft_files import ADAPTER_WEIGHTS
 
@@ -35,6 +36,7 @@ class Contents:
         optimizer: see `named_state`; with several ranks that hold parts, this rank's.
         texts: further files by name, such as the tokenizer's.
         average: averaged weights by the parameters' names; none where the run keeps none.
+        lanes: memories of streams; none where nothing is streamed.
         metrics: the line of metrics.jsonl of this step, for `train.keep.best`.
         adapter: of a tuned model, what peft would save of it; see `mmctx.tuning.peft_files`.
     """
@@ -45,17 +47,15 @@ class Contents:
     optimizer: Mapping[str, Tensor]
     texts: Mapping[str, bytes] = field(default_factory=dict)
     average: Mapping[str, Tensor] = field(default_factory=dict)
+    lanes: Mapping[str, Tensor] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     adapter: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:
         """Of its tensors and texts: what the disk must have room for, give or take a few kB."""
-        tensors = sum(
-            tensor.nbytes
-            for part in (self.weights, self.optimizer, self.average, self.adapter)
-            for tensor in part.values()
-        )
+        parts = (self.weights, self.optimizer, self.average, self.adapter, self.lanes)
+        tensors = sum(tensor.nbytes for part in parts for tensor in part.values())
         return tensors + sum(map(len, self.texts.values()))
 
 
@@ -117,6 +117,8 @@ def _fill(partial: Path, contents: Contents, write_optimizer: Callable[[Mapping[
     save_file(dict(contents.weights), partial / "model.safetensors", metadata={"format": "pt"})
     if contents.average:
         save_ema(contents.average, partial / "trainer")
+    if contents.lanes:
+        save_file(dict(contents.lanes), partial / "trainer" / LANES)
     write_optimizer(contents.optimizer, partial / OPTIMIZER)
 
 

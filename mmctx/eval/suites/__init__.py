@@ -18,6 +18,7 @@ from mmctx.eval.suites.knowledge import check_knowledge, evaluate_knowledge, kno
 from mmctx.eval.suites.loss import evaluate_loss
 from mmctx.eval.suites.loss_by_position import evaluate_loss_by_position, position_headline
 from mmctx.eval.suites.masked_lm import evaluate_masked_lm
+from mmctx.eval.suites.memory_recall import evaluate_memory_recall, memory_recall_headline
 from mmctx.eval.suites.needle import evaluate_needle
 from mmctx.eval.suites.next_sentence import evaluate_next_sentence
 from mmctx.eval.suites.passkey import evaluate_passkey
@@ -71,6 +72,7 @@ SUITES: dict[str, Suite] = {
     "classification": Suite(evaluate_classification, classification_headline),
     "regression": Suite(evaluate_regression, regression_headline, lambda config: require("scipy")),
     "recall": Suite(evaluate_recall, recall_headline),
+    "memory_recall": Suite(evaluate_memory_recall, memory_recall_headline),
     "needle": Suite(evaluate_needle, grid_headline, lambda config: check_haystack(config.needle.haystack)),
     "passkey": Suite(evaluate_passkey, grid_headline, lambda config: check_haystack(config.passkey.haystack)),
     "world": Suite(evaluate_world, grid_headline, lambda config: check_haystack(config.world.haystack)),

@@ -243,7 +243,7 @@ def _readings(context: EvalContext, documents: Sequence[Document]) -> Iterator[d
     """Of each document of one view; an embedding token behind it does not count into the means."""
     batch = pack_documents(documents, context.data.tokenizer.placeholder_ids).to(context.device)
     inputs = context.model.embed(batch)  # (T, D)
-    states = context.model.trunk(inputs, context.model.positions(batch), batch.layout)
+    states = context.model.read(inputs, batch)
     found: dict[str, list[np.ndarray]] = {}
     for reading, values in {"input": inputs, "trunk": states}.items():
         parts = values.float().split(num_tokens(documents))

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mmctx.datasets.build.recall_words import SHOWN
 from mmctx.errors import DataError, SampleError
 from mmctx.eval.context import EvalContext, each
 from mmctx.eval.documents import excerpt, grouped, num_tokens
@@ -35,7 +36,7 @@ class Asked:
     """One question of a document. Spans are [start, end) in its tokens, the value last in both.
 
     Attributes:
-        kind: `recall`, `needle` or `picture`.
+        kind: `recall`, `needle`, `picture` or `shown`.
         fact: where it is stated.
         ask: where it is asked.
         answer: token id of its value.
@@ -154,7 +155,8 @@ def _quiz(document: Document, about: Mapping[str, Any], tokenizer: Any) -> Quiz:
     values = dict(zip(about["values"], (int(i[0]) for i in tokenizer.encode_many(about["values"])), strict=True))
     asked = [Asked(q["kind"], tuple(q["fact"]), tuple(q["ask"]), values[q["answer"]]) for q in about["questions"]]
     for question in asked:
-        if not question.answer == ids[question.ask[1] - 1] == ids[question.fact[1] - 1]:
+        stated = ids[question.fact[1] - 1] if question.kind != SHOWN else question.answer
+        if not question.answer == ids[question.ask[1] - 1] == stated:
             raise DataError(
                 f"sample {document.key!r}: token {question.ask[1] - 1} is no answer; build it with as many picture_tokens as "
                 "model.image makes of a picture"

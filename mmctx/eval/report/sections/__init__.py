@@ -15,6 +15,7 @@ from mmctx.eval.report.sections.embeddings import probe_section, sts_section, ze
 from mmctx.eval.report.sections.labels import classification_section, regression_section
 from mmctx.eval.report.sections.loss_by_position import loss_by_position_section
 from mmctx.eval.report.sections.masked_lm import masked_lm_section, next_sentence_section
+from mmctx.eval.report.sections.memory_recall import memory_recall_section
 from mmctx.eval.report.sections.needle import grid_section
 from mmctx.eval.report.sections.plain import plain_section
 from mmctx.eval.report.sections.recall import recall_section
@@ -41,6 +42,7 @@ SECTIONS: dict[str, Callable[[Mapping[str, Any]], Section | None]] = {
     "passkey": grid_section("passkey", "Passkey", "One number hidden in a long document, asked for at its end."),
     "world": grid_section("world", "A small world", "Questions about who is where and has what, after a long story."),
     "recall": recall_section,
+    "memory_recall": memory_recall_section,
 }
 """In the order of the page."""
 
