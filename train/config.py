@@ -189,6 +189,11 @@ class RunConfig(StrictModel):
                         raise ValueError(
                             f"{where}.sources.{name}.objectives names {objective!r}, but `objectives` defines {defined}"
                         )
+        if self.train.tune.kind == "prefix" and self.model.transformer.memory is not None:
+            raise ValueError(
+                "train.tune.kind: prefix stands before whole documents, which model.transformer.memory looks back into; tune by lora or "
+                "adapter"
+            )
         for name in self.data.streamed:
             kinds = [self.objectives[objective].kind for objective in self.data.sources[name].objectives]
             if kinds != ["captioning"]:
@@ -200,6 +205,11 @@ class RunConfig(StrictModel):
                 raise ValueError(
                     f"data.sources.{name}.long_documents is stream, whose positions count on without end, but model.transformer has "
                     f"learned_positions={self.model.transformer.learned_positions}; use split, or rope"
+                )
+            if self.train.tune.kind == "prefix":
+                raise ValueError(
+                    f"data.sources.{name}.long_documents is stream, and train.tune.kind: prefix stands before whole documents; tune by "
+                    "lora or adapter"
                 )
             if ranks > 1:
                 raise ValueError(

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmctx.attention.memory import Far
+from mmctx.errors import ConfigError
 from mmctx.layout import DocumentLayout
 from mmctx.model import MmctxModel
 from mmctx.pack import MediaBatch
@@ -108,9 +110,20 @@ class _Alike:
         self.length, self.causal = length, causal
 
     def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, layout: DocumentLayout, *, window: int | None, backend: str
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: DocumentLayout,
+        *,
+        window: int | None,
+        backend: str,
+        far: Far | None = None,
     ) -> Tensor:
         """(B * L, H, d) queries, (B * L, K, d) keys and values -> (B * L, H, d)."""
+        if far is not None:
+            raise ConfigError("model.transformer.memory: graphs hold no memory; set model.transformer.memory=null")
         groups = q.shape[1] // k.shape[1]
         k, v = (part.repeat_interleave(groups, dim=1) for part in (k, v))
         q, k, v = (part.unflatten(0, (-1, self.length)).transpose(1, 2) for part in (q, k, v))  # (B, H, L, d)

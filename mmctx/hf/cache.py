@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import Cache
 
 from mmctx.attention import attention
+from mmctx.attention.memory import Far
+from mmctx.errors import ConfigError
 from mmctx.hf.inputs import Rows
 from mmctx.layout import DocumentLayout
 
@@ -43,9 +45,23 @@ class PaddedCache:
         self._seen: dict[tuple[int | None, int], Tensor | None] = {}  # masks, which layers share
 
     def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, layout: DocumentLayout, *, window: int | None, backend: str
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: DocumentLayout,
+        *,
+        window: int | None,
+        backend: str,
+        far: Far | None = None,
     ) -> Tensor:
         """Stores k and v (T, K, d), attends q (T, H, d) to all that its row holds: (T, H, d)."""
+        if far is not None:
+            raise ConfigError(
+                "model.transformer.memory: Transformers' caches hold rotated keys alone; call the model with use_cache=False, or "
+                "generate with mmctx.generate"
+            )
         rows = self._rows
         keys, values = self._cache.update(rows.unpack(k).transpose(1, 2), rows.unpack(v).transpose(1, 2), layer)
         if not rows.past:

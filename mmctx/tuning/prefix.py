@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from mmctx.attention import attention
+from mmctx.attention.memory import Far
+from mmctx.errors import ConfigError
 from mmctx.layout import DocumentLayout
 
 
@@ -62,9 +64,22 @@ class PrefixedAttention:
         self._prefix, self._cache = prefix, cache
 
     def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, layout: DocumentLayout, *, window: int | None, backend: str
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: DocumentLayout,
+        *,
+        window: int | None,
+        backend: str,
+        far: Far | None = None,
     ) -> Tensor:
         """Queries (T, H, d), keys and values (T, K, d) -> (T, H, d)."""
+        if far is not None:
+            raise ConfigError(
+                "model.transformer.memory: a prefix stands before whole documents; tune by lora or adapter"
+            )
         longer = self._prefix.extend(layout)
         _, real, virtual = layout.cache["prefix"]
         learned = self._prefix.layers[layer].weight.to(k.dtype)  # (P, 2, K, d)
