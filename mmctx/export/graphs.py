@@ -75,7 +75,7 @@ class Embedding(nn.Module):
         self.media, self.trunk, self.tokens, self.projection = media, model.trunk, model.embedding, half.projection
         self.mean, self.causal = half.config.pooling == "mean", half.config.causal
         self.columns = columns if model.config.transformer.picture_positions == "grid" else None
-        self.register_buffer("ending", torch.tensor([embed_id][: not self.mean]), persistent=False)
+        self.register_buffer("ending", torch.tensor([embed_id][: not self.mean], dtype=torch.int64), persistent=False)
 
     def forward(self, given: Tensor) -> Tensor:
         x = self.tokens(given) if self.media is None else self.media(given)
