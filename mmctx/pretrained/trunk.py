@@ -153,6 +153,11 @@ def export_trunk(
         raise ConfigError(
             f"a model of {to} cannot say this trunk: " + "; ".join(f"model.transformer.{r}" for r in reasons)
         )
+    if config.memory is not None:
+        raise ConfigError(
+            f"a model of {to} cannot say this trunk: model.transformer.memory (layers {list(config.memory.layers)}) is nothing that "
+            "Transformers' models have; export a run without one"
+        )
     if not config.tie_embeddings and model.head is None:
         raise ConfigError(
             "the model has no output head: none of its objectives predicts tokens, and tie_embeddings is false"
