@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import soundfile
@@ -62,7 +62,7 @@ def decode_sample(
         SampleError: the sample cannot be used, for the reasons in `contents.REASONS` or those of the preprocessors.
     """
     document = parse_json(raw.members)
-    segments = parse_segments(document)
+    segments = parse_segments(document, tokenizer.chat)
     media = media_of(raw.members, segments)
 
     def make(segment: Segment) -> MediaItem | None:
@@ -75,7 +75,7 @@ def decode_sample(
             raise SampleError(error.reason, f"{segment.value}: {error.detail}") from None
 
     if segments is not None:
-        return _document(segments, tokenizer, make, Sample(key=raw.key, source=source, uid=uid))
+        return _document(segments, tokenizer, make, Sample(key=raw.key, source=source, uid=uid, facts=_facts(document)))
 
     ids = tuple(_encode(entry, read_text(entry, raw.members, document), tokenizer) for entry in texts)
     items = {segment.kind: item for segment in media if (item := make(segment)) is not None}
@@ -83,16 +83,31 @@ def decode_sample(
         raise SampleError(
             "empty", f"no media and none of the texts {', '.join(texts)}; members: {', '.join(raw.members)}"
         )
-    return Sample(key=raw.key, source=source, uid=uid, texts=ids, image=items.get("image"), audio=items.get("audio"))
+    return Sample(
+        key=raw.key,
+        source=source,
+        uid=uid,
+        texts=ids,
+        image=items.get("image"),
+        audio=items.get("audio"),
+        facts=_facts(document),
+    )
+
+
+def _facts(document: Any) -> Any:
+    """What the json member says beside the document itself."""
+    if not isinstance(document, dict):
+        return document
+    return {name: value for name, value in document.items() if name not in ("segments", "messages")}
 
 
 def _document(
     segments: Sequence[Segment], tokenizer: TextTokenizer, make: Callable[[Segment], MediaItem | None], sample: Sample
 ) -> Sample:
     """`sample` with its segments tokenized and decoded. A member that several segments show is decoded, and later encoded, once."""
-    texts = iter(tokenizer.encode_many([s.value for s in segments if s.kind == "text"]))
+    texts = _encode_segments(segments, tokenizer)
     shown = {s.value: make(s) for s in segments if s.kind != "text"}
-    parts = [(next(texts) if s.kind == "text" else shown[s.value], s.learned) for s in segments]
+    parts = [(next(texts[s.control]) if s.kind == "text" else shown[s.value], s.learned) for s in segments]
     kept = [
         (part, learned) for part, learned in parts if isinstance(part, MediaItem) or (part is not None and len(part))
     ]
@@ -100,6 +115,15 @@ def _document(
         raise SampleError("empty", f"{len(segments)} segments hold neither tokens nor media")
     learned = None if all(s.learned for s in segments) else tuple(flag for _, flag in kept)
     return replace(sample, segments=tuple(part for part, _ in kept), learned=learned)
+
+
+def _encode_segments(segments: Sequence[Segment], tokenizer: TextTokenizer) -> dict[bool, Iterator[np.ndarray]]:
+    """Ids of all texts in their order: of those that people wrote, and of those that are a chat template's."""
+    kinds = {False: tokenizer.encode_many, True: tokenizer.encode_control}
+    return {
+        control: iter(encode([s.value for s in segments if s.kind == "text" and s.control is control]))
+        for control, encode in kinds.items()
+    }
 
 
 def _encode(entry: str, text: str | None, tokenizer: TextTokenizer) -> np.ndarray | None:

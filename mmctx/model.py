@@ -25,6 +25,8 @@ from mmctx.pack import PackedBatch
 from mmctx.ranges import timed
 from mmctx.rope import grid_positions
 from mmctx.transformer import Transformer, TransformerConfig
+from mmctx.tuning.config import AnyTuning
+from mmctx.tuning.prefix import Prefix
 
 ENCODERS: dict[str, type[nn.Module]] = {"image": ImageEncoder, "audio": AudioEncoder}
 VOCAB_MULTIPLE = 64  # embedding rows are rounded up to this: aligned matrix products are faster
@@ -63,6 +65,9 @@ class MmctxModel(nn.Module):
         super().__init__()
         width = config.transformer.width
         self.config, self.vocab_size = config, vocab_size
+        self.tuning: AnyTuning | None = None  # see `apply_tuning`
+        self.prefix: Prefix | None = None
+        self.origin: object = None  # what the trainer notes of where the weights come from
         num_rows = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         self.embedding = nn.Embedding(num_rows, width)
         nn.init.normal_(self.embedding.weight, std=0.02)
@@ -118,14 +123,21 @@ class MmctxModel(nn.Module):
 
     def positions(self, batch: PackedBatch) -> Tensor:
         """Positions (T,), or (T, 3) where pictures have rows and columns."""
-        pictures = batch.media.get("image")
+        pictures, positions = batch.media.get("image"), batch.position_ids
+        if self.prefix is not None:
+            positions = positions + self.prefix.num_tokens
         if self.config.transformer.picture_positions == "sequence" or pictures is None:
-            return batch.position_ids
-        return grid_positions(batch.position_ids, pictures.slots, math.isqrt(pictures.num_tokens[0]))  # all are square
+            return positions
+        return grid_positions(positions, pictures.slots, math.isqrt(pictures.num_tokens[0]))  # all are square
 
     def encode(self, batch: PackedBatch) -> Tensor:
         """Hidden states (T, D) of every token."""
-        return self.trunk(self.embed(batch), self.positions(batch), batch.layout)
+        return self.read(self.embed(batch), batch)
+
+    def read(self, embeddings: Tensor, batch: PackedBatch) -> Tensor:
+        """Hidden states (T, D) of a batch whose input embeddings (T, D) are given."""
+        prefixed = None if self.prefix is None else self.prefix.before()
+        return self.trunk(embeddings, self.positions(batch), batch.layout, prefixed)
 
     def forward(self, batch: PackedBatch, embed_only: bool = False) -> StepOutputs:
         """What a micro-batch adds to the global step.
@@ -163,8 +175,10 @@ class MmctxModel(nn.Module):
 
     def prefill(self, prompts: PackedBatch, cache: KVCache) -> Tensor:
         """Reads prompts into an empty cache: the last hidden state of each, (B, D)."""
-        cache.advance(prompts.layout)
-        hidden = self.trunk(self.embed(prompts), self.positions(prompts), prompts.layout, cache)  # (T, D)
+        layout, prefix = prompts.layout, self.prefix
+        cache.advance(layout if prefix is None else prefix.extend(layout))
+        filled = cache if prefix is None else prefix.before(cache)
+        hidden = self.trunk(self.embed(prompts), self.positions(prompts), layout, filled)  # (T, D)
         return hidden[prompts.layout.cu_seqlens[1:].long() - 1]
 
     def branch(self, continuations: Sequence[Tensor], cache: KVCache, row: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -36,6 +37,7 @@ class Sample:
         audio: its clip.
         segments: token ids or media, in reading order.
         learned: for each segment, whether causal objectives predict its tokens; None for all of them. Media are never predicted.
+        facts: what the json member holds, such as labels; None without one.
     """
 
     key: str
@@ -46,6 +48,17 @@ class Sample:
     audio: MediaItem | None = None
     segments: tuple[np.ndarray | MediaItem, ...] | None = None
     learned: tuple[bool, ...] | None = None
+    facts: Any = None
+
+    def fact(self, path: str) -> Any:
+        """What stands at a dotted path inside `facts`; None where nothing does."""
+        node = self.facts
+        for part in path.split("."):
+            if isinstance(node, list) and part.isdecimal() and int(part) < len(node):
+                node = node[int(part)]
+            else:
+                node = node.get(part) if isinstance(node, dict) else None
+        return node
 
     @property
     def num_bytes(self) -> int:

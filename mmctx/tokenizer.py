@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mmctx.chat import DEFAULT_TEMPLATE, ChatTemplate
 from mmctx.errors import ConfigError
 from mmctx.pack import MODALITIES
 
@@ -52,6 +53,8 @@ class TextTokenizer:
         self.mask_id = int(ids(MASK))  # type: ignore[arg-type]
         self.embed_id = int(ids(EMBED))  # type: ignore[arg-type]
         self.eos_id = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
+        self.chat = ChatTemplate.of(tokenizer)
+        tokenizer.chat_template = self.chat.source  # so that checkpoints say how conversations were laid out
 
     def __len__(self) -> int:
         """One more than the largest id: vocabularies may have holes."""
@@ -78,8 +81,9 @@ class TextTokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Names the mapping from text to ids: token counts in an index belong to one fingerprint."""
-        return hashlib.blake2b(self.definition.encode(), digest_size=8).hexdigest()
+        """Names the mapping from text and conversations to ids: token counts in an index belong to one fingerprint."""
+        template = "" if self.chat.source == DEFAULT_TEMPLATE else self.chat.source
+        return hashlib.blake2b((self.definition + template).encode(), digest_size=8).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
         """(L,) int64 ids of `text`; special tokens written out in the text are read as plain characters."""
@@ -89,9 +93,16 @@ class TextTokenizer:
 
     def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
         """What `encode` makes of each text, in one call: documents may have thousands of segments."""
+        return self._encode(texts, plain=True)
+
+    def encode_control(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of texts in which special tokens written out are special tokens: what a chat template puts between messages."""
+        return self._encode(texts, plain=False)
+
+    def _encode(self, texts: Sequence[str], plain: bool) -> list[np.ndarray]:
         if not texts:
             return []
-        found = self.hf(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        found = self.hf(list(texts), add_special_tokens=False, split_special_tokens=plain)["input_ids"]
         return [np.asarray(ids, dtype=np.int64) for ids in found]
 
     def decode(self, ids: list[int] | np.ndarray) -> str:

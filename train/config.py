@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 from torch import nn
@@ -14,8 +14,10 @@ from mmctx.datasets.config import DataConfig
 from mmctx.eval.config import EvalConfig
 from mmctx.model import ModelConfig
 from mmctx.objectives import AnyObjective
+from mmctx.objectives.labelled import LabelledConfig
 from mmctx.train.checkpoints.retention import KeepConfig
 from mmctx.train.distribution import DistributionConfig
+from mmctx.train.init import inherit
 from mmctx.train.optim.config import AdamWConfig, AnyOptimizer
 from mmctx.train.optim.ema import EmaConfig
 from mmctx.train.optim.guard import GuardConfig
@@ -23,6 +25,8 @@ from mmctx.train.optim.learning_rate import ScheduleConfig
 from mmctx.train.optim.modules import ModuleConfig
 from mmctx.train.stages import Stage, StageConfig, resolve_stages
 from mmctx.train.trackers import TrackerName
+from mmctx.train.tuning import check_tuning
+from mmctx.tuning import AnyTuning, FullTuning
 
 
 class CardConfig(StrictModel):
@@ -64,8 +68,14 @@ class TrainConfig(StrictModel):
     """bf16 runs matrix products in bfloat16 under autocast; weights and optimizer stay fp32."""
     optimizer: AnyOptimizer = AdamWConfig()
     """`kind: adamw`, `adafactor` or `muon`."""
+    init: str | None = None
+    """A checkpoint, or a run's folder, whose weights a fresh run starts from. `model` and `data.tokenizer` are then its own where this file
+    does not say otherwise; what the checkpoint lacks is drawn from the seed. Not read again when the run goes on."""
+    tune: AnyTuning = FullTuning()
+    """`kind: full`, or what little is trained over frozen weights: `lora`, `adalora`, `prefix` or `adapter`."""
     modules: dict[str, ModuleConfig] = Field(default_factory=dict)
-    """Learning rate, weight decay and freezing of single modules, by their paths, such as `encoders.image`; stages may change them."""
+    """Learning rate, weight decay and freezing of single modules, by their paths, such as `encoders.image`; stages may change them. With
+    `tune`, `freeze: false` trains a module, too."""
     schedule: ScheduleConfig = ScheduleConfig()
     """Learning rate."""
     ema: EmaConfig | None = None
@@ -117,11 +127,19 @@ class RunConfig(StrictModel):
     eval: EvalConfig = EvalConfig()
     """What is measured at the end."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _inherit(cls, tree: Any) -> Any:
+        """Shape and tokenizer from `train.init`."""
+        train = tree.get("train") if isinstance(tree, dict) else None
+        return inherit(tree) if isinstance(train, dict) and isinstance(train.get("init"), str) else tree
+
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         for name in self.objectives:
             if not re.fullmatch(r"\w+", name) or hasattr(nn.ModuleDict, name):
                 raise ValueError(f"objectives: {name!r} cannot name an objective; use letters, digits and underscores")
+        check_tuning(self)
         heads, ranks = self.model.transformer.num_heads, self.train.sequence_parallel
         if heads % ranks:
             fitting = [count for count in range(1, heads + 1) if heads % count == 0]
@@ -133,6 +151,11 @@ class RunConfig(StrictModel):
             raise ValueError(
                 f"train.sequence_parallel={ranks} may cut a picture in two, and picture_positions: grid needs it whole; use sequence"
             )
+        for name, objective in self.objectives.items():
+            if ranks > 1 and isinstance(objective, LabelledConfig) and objective.pooling == "mean":
+                raise ValueError(
+                    f"objectives.{name}.pooling: mean needs whole documents, and train.sequence_parallel={ranks} cuts them; use token"
+                )
         if self.train.audit and self.train.distribution.kind == "fsdp2":
             raise ValueError(
                 "train.audit looks at whole models, and train.distribution.kind: fsdp2 splits them; run `mmctx audit CONFIG` instead"

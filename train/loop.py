@@ -15,7 +15,7 @@ from mmctx.determinism import deterministic_algorithms
 from mmctx.parallel.mesh import build_mesh
 from mmctx.train.attention import settled_attention
 from mmctx.train.build import build_model
-from mmctx.train.checkpoints.load import load_optimizer, load_run_config, load_weights, without_pretrained
+from mmctx.train.checkpoints.load import load_optimizer, load_run_config, load_weights, without_origin
 from mmctx.train.checkpoints.resume import checkpoint_to_resume
 from mmctx.train.checkpoints.same_run import check_same_run
 from mmctx.train.checkpoints.state import read_state
@@ -30,6 +30,7 @@ from mmctx.train.records import announce_indexing
 from mmctx.train.result import TrainResult
 from mmctx.train.sitting import Sitting
 from mmctx.train.stages import stage_of
+from mmctx.train.tuning import modules_of, never_trained
 
 
 def train(config: RunConfig) -> TrainResult:
@@ -87,15 +88,15 @@ def _sit_down(config: RunConfig, accelerator: Accelerator, attention: Resolution
     with accelerator.main_process_first():  # the others find the indexes that the first one wrote
         progress = announce_indexing(enabled=accelerator.is_main_process)
         course = build_course(config, state.step if state else 0, mesh.data_size, progress)
-    shape = config.model_copy(update={"model": without_pretrained(config.model)}) if checkpoint else config
-    model = build_model(shape, len(next(iter(course.values())).tokenizer))
+    model = build_model(without_origin(config) if checkpoint else config, len(next(iter(course.values())).tokenizer))
     if checkpoint and state:
         check_same_run(load_run_config(checkpoint), config, checkpoint, state.step)
         load_weights(model, checkpoint)
     stages = config.stages
-    freeze(model, stage_of(stages, state.step if state else 0).config.train.modules)  # DDP looks at it once
+    freeze(model, modules_of(model, stage_of(stages, state.step if state else 0)))  # DDP looks at it once
+    never = never_trained(model, stages)
     wrapped = distribute(model, config.train.distribution, accelerator)
-    optimizer = build_optimizer(model, config.train.optimizer, named_in(stage.config.train for stage in stages))
+    optimizer = build_optimizer(model, config.train.optimizer, named_in(stage.config.train for stage in stages), never)
     if checkpoint:
         load_optimizer(model, optimizer, checkpoint)
     average = read_ema(checkpoint / "trainer") if checkpoint and config.train.ema else None

@@ -17,13 +17,14 @@ from mmctx.objectives import ComparingHalf, Roster
 from mmctx.pack import PackedBatch
 from mmctx.parallel.shard import shard_batch
 from mmctx.train.build import build_model
-from mmctx.train.checkpoints.load import without_pretrained
+from mmctx.train.checkpoints.load import without_origin
 from mmctx.train.config import RunConfig
-from mmctx.train.optim.modules import freeze
+from mmctx.train.optim.modules import freeze, in_force
 from mmctx.train.optim.optimizer import state_shapes
 from mmctx.train.step import GradientStep, MicroBatch
 from mmctx.train.storage_trace import FusedAttention, StorageTrace
 from mmctx.train.sums import Muster
+from mmctx.tuning import default_freezing
 
 
 def estimate_memory(config: RunConfig, batch: PackedBatch, vocab_size: int) -> dict[str, Any]:
@@ -38,11 +39,11 @@ def estimate_memory(config: RunConfig, batch: PackedBatch, vocab_size: int) -> d
         `trunk`, `objectives`, `embedding`), their sum `total`, and `peak_at`. Apart from these, `host_copies`: what the saver keeps in host
         memory from the first checkpoint on, to write it while training goes on. Without a GPU it takes the same memory as the rest.
     """
-    shape = config.model_copy(update={"model": without_pretrained(config.model)})
+    shape = without_origin(config)
     trace = StorageTrace()
     with torch.device("meta"):
         model = build_model(shape, vocab_size).train()
-    freeze(model, config.train.modules)
+    freeze(model, in_force(config.train.modules, default_freezing(model)))
     _follow(model, trace)
     with FusedAttention(), trace, torch.random.fork_rng(devices=[]):
         moments = [torch.empty(shape, device="meta") for shape in state_shapes(model, config.train.optimizer)]

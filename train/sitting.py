@@ -32,6 +32,7 @@ from mmctx.train.checkpoints.state import TrainerState
 from mmctx.train.config import RunConfig
 from mmctx.train.distribution import clip_gradients, is_sharded
 from mmctx.train.evaluation import LoopEvaluation
+from mmctx.train.init import Origin
 from mmctx.train.interval import Interval
 from mmctx.train.optim.modules import freeze
 from mmctx.train.optim.update import Update
@@ -49,6 +50,7 @@ from mmctx.train.stages import Stage, stage_of
 from mmctx.train.step import GradientStep, MicroBatch
 from mmctx.train.stop import StopOnSignal
 from mmctx.train.sums import Sums
+from mmctx.train.tuning import modules_of
 from mmctx.train.utilisation import Utilisation
 from mmctx.train.wrap import wrap_again
 
@@ -100,7 +102,7 @@ class Sitting:
         """Takes up a stage: its data, its positions and windows, its plan from where the one before it stopped."""
         self.stage, self.data = stage, self.course.pop(stage.number)
         self.raw_model.trunk.set_context(stage.config.model.transformer)
-        if freeze(self.raw_model, stage.config.train.modules):
+        if freeze(self.raw_model, modules_of(self.raw_model, stage)):
             self.model = self.gradient_step.model = wrap_again(self.model, self.accelerator)
         if self.state.step == stage.start:
             self.update.begin_stage()
@@ -201,6 +203,7 @@ class Sitting:
         seeds = [derive_key(train.seed, "dropout", step, bin_number) >> 1 for bin_number, _ in mine]
         muster = self.sums.muster(self.raw_model, [number for number, _ in mine], whole, parts)
         totals = self.gradient_step([MicroBatch(*one) for one in zip(seeds, parts, strict=True)], muster)
+        self.update.regularise()
         with timed("clip"):
             norm = clip_gradients(self.model, self.accelerator, train.optimizer.clip_norm)
         bins = [(number, batch) for (number, _), batch in zip(mine, whole, strict=True)]
@@ -281,6 +284,8 @@ class Sitting:
             f"{self.run_dir}: {manifest['parameters']:,} parameters, {self.plan.num_samples:,} samples, "
             f"{self.plan.samples_per_step:.3g} of them a step"
         )
+        if isinstance(self.raw_model.origin, Origin):
+            self.bar.say(self.raw_model.origin.describe())
         self.bar.say(self.attention.describe(self.config.train.deterministic))
         for warning in explain_left_out(self.plan, self.data):
             self.bar.say(warning)

@@ -69,7 +69,7 @@ def check_sample(
         defects.append(MediaDefect(error.reason, error.detail))
         return SampleCheck(defects, None, ())
     media = _present_media(members, segments, defects)
-    for kind, name, _ in dict.fromkeys(media):  # a book may show one member twice
+    for kind, name, *_ in dict.fromkeys(media):  # a book may show one member twice
         check = check_image if kind == "image" else check_audio
         defects += check(reader.open(members[name]), members[name].size, name, limits)
     texts, lacks = _texts(contents, document, segments, rules.texts, defects)

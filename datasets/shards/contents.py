@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 import soundfile
 from PIL import Image
 
+from mmctx.chat import ChatTemplate
 from mmctx.errors import ConfigError, SampleError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -68,11 +69,13 @@ class Segment(NamedTuple):
         kind: ``text``, ``image`` or ``audio``.
         value: the text itself, or the extension of the member that holds the media.
         learned: causal objectives predict the tokens of this text; False where it is only read.
+        control: a text of a chat template: special tokens written out in it are read as such.
     """
 
     kind: str
     value: str
     learned: bool = True
+    control: bool = False
 
 
 def check_texts(texts: Sequence[str]) -> tuple[str, ...]:
@@ -112,12 +115,18 @@ def parse_json(members: Mapping[str, bytes]) -> Any:
         raise SampleError("bad_json", f"json: {error}") from None
 
 
-def parse_segments(document: Any) -> list[Segment] | None:
-    """The segments of an interleaved document; None where `document` is not one.
+def parse_segments(document: Any, chat: ChatTemplate | None = None) -> list[Segment] | None:
+    """The segments of an interleaved document or of a conversation; None where `document` is neither.
+
+    Args:
+        document: content of the ``json`` member.
+        chat: of the tokenizer; by default that of tokenizers without one, which names the same media in the same order.
 
     Raises:
-        SampleError: ``bad_json`` where a ``segments`` key does not hold segments, ``empty`` where it holds none.
+        SampleError: ``bad_json`` where a ``segments`` or ``messages`` key does not hold such, ``empty`` where it holds none.
     """
+    if isinstance(document, dict) and "messages" in document:
+        return _conversation(document["messages"], chat or ChatTemplate())
     if not isinstance(document, dict) or "segments" not in document:
         return None
     entries = document["segments"]
@@ -143,6 +152,13 @@ def parse_segments(document: Any) -> list[Segment] | None:
     if not any(segment.kind != "text" or segment.value.strip() for segment in segments):
         raise SampleError("empty", f"{len(segments)} segments hold neither text nor media")
     return segments
+
+
+def _conversation(messages: Any, chat: ChatTemplate) -> list[Segment]:
+    return [
+        Segment(part.kind, part.value if part.kind == "text" else part.value.lower(), part.learned, part.control)
+        for part in chat.lay_out(messages)
+    ]
 
 
 def media_of(extensions: Iterable[str], segments: Sequence[Segment] | None) -> list[Segment]:

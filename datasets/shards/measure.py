@@ -106,7 +106,7 @@ def _measure_sample(sample: TarSample, reader: MemberReader) -> tuple[bool, list
     if "json" in members:
         segments = parse_segments(parse_json({"json": reader.read(members["json"])}))
     found = []
-    for kind, extension, _ in media_of(members, segments):
+    for kind, extension, *_ in media_of(members, segments):
         measure = image_size if kind == "image" else audio_size
         try:
             found.append((MEDIA_KINDS.index(kind), *measure(reader.open(members[extension]))))

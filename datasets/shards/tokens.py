@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from mmctx.chat import ChatTemplate
 from mmctx.datasets.remote.storage import Shard, open_shard
 from mmctx.datasets.shards.contents import REASONS, Problem, parse_json, parse_segments, read_text, text_members
 from mmctx.datasets.shards.measure import MemberReader
@@ -25,6 +26,7 @@ SEGMENT_DTYPE = np.dtype(
     ]
 )
 MEDIA = -1
+_PLAIN, _TEXT, _CONTROL = 0, 1, 2
 
 _BATCH_TEXTS, _BATCH_CHARACTERS = 1024, 1 << 22
 
@@ -49,30 +51,30 @@ class TokenCounter:
     Args:
         definition: a ``tokenizer.json`` as text.
         fingerprint: of the tokenizer it came from.
+        chat: its template of conversations.
     """
 
-    def __init__(self, definition: str, fingerprint: str) -> None:
-        self.definition = definition
-        self.fingerprint = fingerprint
+    def __init__(self, definition: str, fingerprint: str, chat: ChatTemplate | None = None) -> None:
+        self.definition, self.fingerprint, self.chat = definition, fingerprint, chat
         self._tokenizer: Tokenizer | None = None
 
     @classmethod
     def of(cls, tokenizer: TextTokenizer) -> TokenCounter:
         """The counter of a tokenizer."""
-        return cls(tokenizer.definition, tokenizer.fingerprint)
+        return cls(tokenizer.definition, tokenizer.fingerprint, tokenizer.chat)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_tokenizer": None}
 
-    def count(self, texts: Sequence[str]) -> list[int]:
-        """Number of tokens of each text, special tokens written out in it read as plain characters."""
+    def count(self, texts: Sequence[str], control: bool = False) -> list[int]:
+        """Number of tokens of each text; special tokens written out in it are plain characters, unless it is a template's own."""
         if self._tokenizer is None:
             from tokenizers import Tokenizer
 
             self._tokenizer = Tokenizer.from_str(self.definition)
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
-            self._tokenizer.encode_special_tokens = True
+        self._tokenizer.encode_special_tokens = not control
         return [len(e) for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
@@ -87,14 +89,14 @@ def count_tokens(path: Shard, samples: np.ndarray, counter: TokenCounter, texts:
     keys: list[str] = []
     problems: dict[int, Problem] = {}
     segments: list[tuple[int, int]] = []
-    for cells, batch in _batches(_declared_texts(path, samples, texts, keys, problems)):
+    for cells, batch in _batches(_declared_texts(path, samples, texts, counter.chat, keys, problems)):
         rows, columns, is_segment = np.array(cells).T
-        found = np.array(counter.count(batch))
+        found = _count(counter, batch, is_segment == _CONTROL)
         is_media = is_segment == MEDIA
         found[is_media] = 0
         np.add.at(counts, (rows, columns), found)  # segments of one document share a cell
         present[rows[~is_media], columns[~is_media]] = True
-        listed = is_segment != 0
+        listed = is_segment != _PLAIN
         segments += zip(rows[listed].tolist(), np.where(is_media, MEDIA, found)[listed].tolist(), strict=True)
     no_text = present & (counts == 0)
     nothing = (counts.sum(1) == 0) & (samples["num_media"] == 0)
@@ -108,11 +110,25 @@ def count_tokens(path: Shard, samples: np.ndarray, counter: TokenCounter, texts:
     return TokenCounts(tokens, np.array(segments, SEGMENT_DTYPE), [problems[number] for number in sorted(problems)])
 
 
+def _count(counter: TokenCounter, texts: Sequence[str], control: np.ndarray) -> np.ndarray:
+    """(n,) tokens of n texts, of which those that `control` (n,) names are a chat template's."""
+    found = np.zeros(len(texts), np.int64)
+    for kind in {False, *control.tolist()}:
+        mine = np.flatnonzero(control == kind)
+        found[mine] = counter.count([texts[number] for number in mine], kind)
+    return found
+
+
 def _declared_texts(
-    path: Shard, samples: np.ndarray, texts: Sequence[str], keys: list[str], problems: dict[int, Problem]
+    path: Shard,
+    samples: np.ndarray,
+    texts: Sequence[str],
+    chat: ChatTemplate | None,
+    keys: list[str],
+    problems: dict[int, Problem],
 ) -> Iterator[tuple[tuple[int, int, int], str]]:
-    """Yields ((sample, column, kind), text), where kind is 0 for a plain text, 1 for a text segment and `MEDIA` for a media segment, whose
-    text is empty; fills `keys` of all samples and `problems` of unusable texts.
+    """Yields ((sample, column, kind), text), where kind is `_PLAIN` for a text of its own, `_TEXT` or `_CONTROL` for a text segment and
+    `MEDIA` for a media segment, whose text is empty; fills `keys` of all samples and `problems` of unusable texts.
     """
     wanted = text_members(texts)
     offsets, flags = samples["offset"].tolist(), samples["flag"].tolist()
@@ -126,7 +142,7 @@ def _declared_texts(
                 continue
             members = {extension: reader.read(m) for extension, m in sample.members if extension in wanted}
             try:
-                columns = list(_columns(members, texts))
+                columns = list(_columns(members, texts, chat))
             except SampleError as error:
                 problems[number] = Problem(sample.key, error.reason, error.detail)
                 continue
@@ -134,18 +150,21 @@ def _declared_texts(
                 yield (number, column, kind), text
 
 
-def _columns(members: Mapping[str, bytes], texts: Sequence[str]) -> Iterator[tuple[int, int, str]]:
+def _columns(
+    members: Mapping[str, bytes], texts: Sequence[str], chat: ChatTemplate | None
+) -> Iterator[tuple[int, int, str]]:
     """(column, kind, text) of one sample."""
     document = parse_json(members)
-    segments = parse_segments(document)
+    segments = parse_segments(document, chat)
     if segments is not None:
         for segment in segments:
-            yield (0, 1, segment.value) if segment.kind == "text" else (0, MEDIA, "")
+            kind = _CONTROL if segment.control else _TEXT
+            yield (0, kind, segment.value) if segment.kind == "text" else (0, MEDIA, "")
         return
     for column, entry in enumerate(texts):
         text = read_text(entry, members, document)
         if text is not None:
-            yield column, 0, text
+            yield column, _PLAIN, text
 
 
 def _batches(

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
+from mmctx.objectives.base import Names
 from mmctx.pack import IGNORE_INDEX
 from mmctx.tokenizer import TextTokenizer
 
@@ -46,7 +47,7 @@ class Predicts(Protocol):
     """What a page must know of an objective; see `mmctx.objectives.base.DataHalf`."""
 
     ahead: int
-    answers: tuple[str, ...]
+    answers: Names
 
 
 class TokenReader:

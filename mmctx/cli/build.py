@@ -120,6 +120,27 @@ def from_table(
 
 
 @app.command()
+def chat(
+    out: Out,
+    sources: Annotated[list[Path], typer.Argument(help="JSON-lines files with `messages`, or folders of them.")],
+    key_column: KeyColumn = None,
+    group_column: GroupColumn = None,
+    media_root: Annotated[Path | None, typer.Option(help="Folder that paths are relative to; the file's own.")] = None,
+    heldout: Heldout = 0.0,
+    per_shard: PerShard = 1000,
+    shard_mb: ShardMb = 256,
+    workers: Workers = None,
+    as_json: Json = False,
+) -> None:
+    """Conversations: messages with role and content, which may name pictures and sounds."""
+    from mmctx.datasets.build.chat import build_chat
+
+    limits = (heldout, per_shard, shard_mb, workers)
+    arguments = {"media_root": media_root, "key": key_column, "group": group_column}
+    run(build_chat, as_json, limits, sources=sources, out=out, **arguments)
+
+
+@app.command()
 def hf(
     out: Out,
     source: Annotated[Path, typer.Argument(help="A save_to_disk folder, or a folder of Parquet files.")],

@@ -114,7 +114,7 @@ def answer_gradient(model: MmctxModel, batch: PackedBatch, embeddings: Tensor, a
 
 def answer_log_prob(model: MmctxModel, batch: PackedBatch, embeddings: Tensor, answer: Answer) -> Tensor:
     """The summed log-probability of the answer's tokens, a scalar, when the model reads these embeddings (T, D)."""
-    hidden = model.trunk(embeddings, model.positions(batch), batch.layout)  # (T, D)
+    hidden = model.read(embeddings, batch)  # (T, D)
     before = slice(answer.start - 1, answer.start - 1 + len(answer.tokens))
     logits = model.next_token_logits(hidden[before])  # (A, V)
     log_probs = logits.log_softmax(-1, dtype=_wide(logits))

@@ -10,10 +10,12 @@ from torch import nn
 
 from mmctx.objectives.base import ComparingHalf, DataHalf, LossSum, ObjectiveConfig
 from mmctx.objectives.captioning import Captioning, CaptioningConfig
+from mmctx.objectives.classification import Classification, ClassificationConfig, ClassificationLoss
 from mmctx.objectives.contrastive import SimilarityLoss
 from mmctx.objectives.denoising import Denoising, DenoisingConfig
 from mmctx.objectives.masked_lm import MaskedLM, MaskedLMConfig
 from mmctx.objectives.next_sentence import NextSentence, NextSentenceConfig, NextSentenceLoss
+from mmctx.objectives.regression import Regression, RegressionConfig, RegressionLoss
 from mmctx.objectives.roster import Roster
 from mmctx.objectives.similarity import Similarity, SimilarityConfig
 from mmctx.objectives.token_loss import TokenLoss
@@ -33,10 +35,18 @@ KINDS: dict[str, Kind] = {
     "similarity": Kind(Similarity, SimilarityLoss),
     "next_sentence": Kind(NextSentence, NextSentenceLoss),
     "denoising": Kind(Denoising, TokenLoss),
+    "classification": Kind(Classification, ClassificationLoss),
+    "regression": Kind(Regression, RegressionLoss),
 }
 
 AnyObjective = Annotated[
-    CaptioningConfig | MaskedLMConfig | SimilarityConfig | NextSentenceConfig | DenoisingConfig,
+    CaptioningConfig
+    | MaskedLMConfig
+    | SimilarityConfig
+    | NextSentenceConfig
+    | DenoisingConfig
+    | ClassificationConfig
+    | RegressionConfig,
     Field(discriminator="kind"),
 ]
 

@@ -36,18 +36,26 @@ class LossSum(NamedTuple):
     """How many predictions were summed, known on the host."""
 
 
+class Names(Protocol):
+    """Names of what labels number; empty where labels are tokens."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, label: int, /) -> str: ...
+
+
 class DataHalf(Protocol):
     """Turns samples into documents.
 
     Attributes:
         causal: its documents attend to the past only, or in both directions.
         ahead: how many places before the token it predicts a label stands: 1 for next tokens, 0 for what is hidden at the place itself.
-        answers: names of the classes that labels number; empty where labels are tokens.
+        answers: names of what labels number; empty where labels are tokens.
     """
 
     causal: bool
     ahead: int
-    answers: tuple[str, ...]
+    answers: Names
 
     def room(self, context_length: int) -> int:
         """Tokens that a sample's text and media may have together, so that its documents fit into the context: long ones are cut to it."""
@@ -179,6 +187,7 @@ __all__ = [
     "DataHalf",
     "LossSum",
     "ModelHalf",
+    "Names",
     "ObjectiveConfig",
     "TextTokenizer",
     "ids",

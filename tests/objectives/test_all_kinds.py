@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,29 @@ OBJECTIVES = {
     "order": {"kind": "next_sentence", "negatives": "swapped"},
     "next": {"kind": "next_sentence"},
     "denoising": {"kind": "denoising", "delete": 0.2, "mask": 0.2, "pieces": 2},
+    "sort": {"kind": "classification", "label": "sort", "classes": ["odd", "even"], "class_weights": [1, 3]},
+    "mean_sort": {
+        "kind": "classification",
+        "label": "sort",
+        "classes": ["odd", "even"],
+        "pooling": "mean",
+        "causal": True,
+    },
+    "number": {"kind": "regression", "label": "number", "offset": 20, "scale": 10, "pooling": "mean"},
 }
 
 
 @pytest.fixture(scope="module")
 def tree(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("kinds")
-    texts = [{"__key__": f"{n}", "txt": words(n, 5 + n % 30).encode()} for n in range(40)]
+    texts = [
+        {
+            "__key__": f"{n}",
+            "txt": words(n, 5 + n % 30).encode(),
+            "json": json.dumps({"sort": ("even", "odd")[n % 2], "number": n}).encode(),
+        }
+        for n in range(40)
+    ]
     write_shard(folder / "texts.tar", texts)
     tree = tiny_tree(corpus, folder / "runs")
     tree["model"]["transformer"] |= {"dropout": 0.0, "windows": [None, 6]}

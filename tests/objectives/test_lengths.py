@@ -14,10 +14,12 @@ from mmctx.config import build_config
 from mmctx.errors import ConfigError
 from mmctx.objectives import KINDS, build_data_halves
 from mmctx.objectives.captioning import CaptioningConfig
+from mmctx.objectives.classification import ClassificationConfig
 from mmctx.objectives.corruption import choose_spans, exact_share, shuffle_pieces
 from mmctx.objectives.denoising import DenoisingConfig
 from mmctx.objectives.masked_lm import MaskedLM, MaskedLMConfig, RateSchedule
 from mmctx.objectives.next_sentence import NextSentenceConfig
+from mmctx.objectives.regression import RegressionConfig
 from mmctx.objectives.similarity import SimilarityConfig
 from mmctx.pack import IGNORE_INDEX, Document, MediaItem, pack_documents
 from mmctx.sample import Sample, SampleSizes
@@ -36,8 +38,16 @@ CONFIGS = {
     "next_sentence": NextSentenceConfig(),
     "next_sentence swapped": NextSentenceConfig(negatives="swapped", span_tokens=3),
     "denoising": DenoisingConfig(delete=0.3, mask=0.3, pieces=3, context="image"),
+    "classification": ClassificationConfig(label="of.class", classes=("red", "blue"), texts=(1, 0), context="audio"),
+    "classification of pictures": ClassificationConfig(
+        label="of.class", classes=("blue", "red"), texts=(), context="image"
+    ),
+    "regression": RegressionConfig(label="of.numbers.1", causal=True),
     "denoising in spans": DenoisingConfig(delete=0, mask=0.5, span=2, text=1),
 }
+
+
+FACTS = {"of": {"class": "red", "numbers": [None, 2.5]}}
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +67,10 @@ def samples(draw: st.DrawFn) -> Sample:
     clip = st.integers(1, 5).map(lambda n: media_item("audio", n))
     if draw(st.booleans()):
         segments = draw(st.lists(st.one_of(text, text, picture, clip), min_size=1, max_size=5))
-        return Sample("k", "s", 3, segments=tuple(segments))
+        return Sample("k", "s", 3, segments=tuple(segments), facts=FACTS)
     texts = tuple(draw(st.none() | text) for _ in range(2))
-    return Sample("k", "s", 3, texts=texts, image=draw(st.none() | picture), audio=draw(st.none() | clip))
+    image, audio = draw(st.none() | picture), draw(st.none() | clip)
+    return Sample("k", "s", 3, texts=texts, image=image, audio=audio, facts=FACTS)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -109,6 +120,7 @@ def test_samples_that_have_their_room_make_documents_that_fit(
         sample.image,
         sample.audio,
         sample.segments and tuple(p if isinstance(p, MediaItem) else np.tile(p, 99) for p in sample.segments),
+        facts=FACTS,
     )
     for policy in ("truncate", "split"):
         for part in split_sample(long, policy, half.room(context_length)):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from mmctx.config import build_config
 from mmctx.errors import CheckpointError
@@ -20,6 +20,10 @@ from mmctx.train.checkpoints.sharded import is_sharded, read_for_ranks
 from mmctx.train.checkpoints.state import read_state
 from mmctx.train.config import RunConfig
 from mmctx.train.stages import trained_stage
+from mmctx.tuning import apply_tuning
+from mmctx.tuning.apply import renamed
+
+WEIGHTS = "model.safetensors"
 
 
 def load_run_config(checkpoint: Path) -> RunConfig:
@@ -42,6 +46,8 @@ def read_model(checkpoint: Path) -> tuple[MmctxModel, TextTokenizer, RunConfig]:
     config = trained_stage(load_run_config(checkpoint), read_state(checkpoint).step).config
     shape = without_pretrained(config.model)
     model = MmctxModel(shape, config.objectives, read_json(checkpoint / "config.json")["vocab_size"])
+    with torch.random.fork_rng(devices=[]):
+        apply_tuning(model, config.train.tune, config.steps)
     load_weights(model, checkpoint)
     return model.eval(), TextTokenizer(checkpoint), config
 
@@ -53,19 +59,30 @@ def without_pretrained(config: ModelConfig) -> ModelConfig:
     return config.model_copy(update={"image": config.image.model_copy(update={"pretrained": False})})
 
 
+def without_origin(config: RunConfig) -> RunConfig:
+    """The same run, its fresh weights drawn from the seed alone, which costs nothing to read."""
+    train = config.train.model_copy(update={"init": None})
+    return config.model_copy(update={"model": without_pretrained(config.model), "train": train})
+
+
 def load_weights(model: nn.Module, checkpoint: Path) -> None:
     """Loads `model.safetensors`; every tensor must be there with its shape."""
-    path = checkpoint / "model.safetensors"
+    weights = renamed(load_tensors(checkpoint), model)
     try:
-        weights = load_file(path)
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"{checkpoint / WEIGHTS}: does not fit the configured model: {error}") from None
+
+
+def load_tensors(checkpoint: Path) -> dict[str, Tensor]:
+    """What `model.safetensors` holds, by the names that tensors have on the disk; see `disk_name`."""
+    path = checkpoint / WEIGHTS
+    try:
+        return load_file(path)
     except Exception as error:  # safetensors raises its own types for damaged files
         raise CheckpointError(
             f"{path}: cannot be read ({error}); delete {checkpoint} to fall back to the one before it"
         ) from None
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise CheckpointError(f"{path}: does not fit the configured model: {error}") from None
 
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:

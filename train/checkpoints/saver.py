@@ -23,6 +23,8 @@ from mmctx.train.checkpoints.state import TrainerState
 from mmctx.train.checkpoints.write import Contents, write_checkpoint
 from mmctx.train.checkpoints.writer import Writer
 from mmctx.train.config import RunConfig
+from mmctx.tuning import disk_name
+from mmctx.tuning.peft_files import ADAPTER_CONFIG, adapter_tensors, describe_adapter, saved_modules
 
 
 class Saver:
@@ -79,6 +81,7 @@ class Saver:
         weights, optimizer_state, averaged = self._copy(
             model.state_dict(), named_state(model, optimizer), average or {}
         )
+        tuned = model.tuning is not None
         contents = Contents(
             state=deepcopy(state),
             description={
@@ -86,10 +89,11 @@ class Saver:
                 "vocab_size": model.vocab_size,
                 "run": self.config.model_dump(mode="json"),
             },
-            weights=weights,
+            weights={disk_name(name): tensor for name, tensor in weights.items()},
+            adapter=adapter_tensors(model, weights, saved_modules(model)) if tuned and weights else {},
             optimizer=optimizer_state,
             average=averaged,
-            texts=self._tokenizer_files(tokenizer),
+            texts=self._tokenizer_files(tokenizer) | (self._adapter_files(model) if tuned else {}),
             metrics=metrics or {},
         )
         self._writer.submit(lambda: self._write(contents))
@@ -137,6 +141,11 @@ class Saver:
         self.say(f"saved {path}")
         for old in superfluous(self.run_dir, self.config.train.keep, contents.state.step, self._ends):
             delete(old)
+
+    def _adapter_files(self, model: MmctxModel) -> dict[str, bytes]:
+        train = self.config.train
+        described = describe_adapter(model, self.config.steps, saved_modules(model), train.init)
+        return {ADAPTER_CONFIG: described}
 
     def _tokenizer_files(self, tokenizer: TextTokenizer) -> dict[str, bytes]:
         """Made once and outside of the thread, while nobody else uses the tokenizer."""

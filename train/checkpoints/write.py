@@ -19,6 +19,7 @@ from mmctx.train.checkpoints.layout import delete, final_path, partial_path, poi
 from mmctx.train.checkpoints.manifest import OPTIMIZER, seal
 from mmctx.train.checkpoints.state import TrainerState
 from mmctx.train.optim.ema import save_ema
+from mmctx.tuning.peft_files import ADAPTER_WEIGHTS
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -35,6 +36,7 @@ class Contents:
         texts: further files by name, such as the tokenizer's.
         average: averaged weights by the parameters' names; none where the run keeps none.
         metrics: the line of metrics.jsonl of this step, for `train.keep.best`.
+        adapter: of a tuned model, what peft would save of it; see `mmctx.tuning.peft_files`.
     """
 
     state: TrainerState
@@ -44,12 +46,15 @@ class Contents:
     texts: Mapping[str, bytes] = field(default_factory=dict)
     average: Mapping[str, Tensor] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    adapter: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:
         """Of its tensors and texts: what the disk must have room for, give or take a few kB."""
         tensors = sum(
-            tensor.nbytes for part in (self.weights, self.optimizer, self.average) for tensor in part.values()
+            tensor.nbytes
+            for part in (self.weights, self.optimizer, self.average, self.adapter)
+            for tensor in part.values()
         )
         return tensors + sum(map(len, self.texts.values()))
 
@@ -105,7 +110,10 @@ def _fill(partial: Path, contents: Contents, write_optimizer: Callable[[Mapping[
     write_json(partial / "config.json", dict(contents.description))
     write_json(partial / "trainer" / "trainer_state.json", asdict(contents.state))
     for name, text in contents.texts.items():
+        (partial / name).parent.mkdir(exist_ok=True)
         (partial / name).write_bytes(text)
+    if contents.adapter:
+        save_file(dict(contents.adapter), partial / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     save_file(dict(contents.weights), partial / "model.safetensors", metadata={"format": "pt"})
     if contents.average:
         save_ema(contents.average, partial / "trainer")

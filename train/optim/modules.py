@@ -77,8 +77,21 @@ def settings_of(name: str, modules: Mapping[str, ModuleConfig]) -> Settings:
     return Settings(**found)  # type: ignore[arg-type]
 
 
-def check_modules(model: nn.Module, modules: Mapping[str, ModuleConfig], where: str) -> None:
+def in_force(modules: Mapping[str, ModuleConfig], frozen: Mapping[str, bool]) -> Modules:
+    """The settings of a run or stage over what is frozen, by path, where they say nothing of it."""
+    return merged({path: ModuleConfig(freeze=freeze) for path, freeze in frozen.items()}, modules)
+
+
+def check_modules(
+    model: nn.Module, modules: Mapping[str, ModuleConfig], where: str, frozen: Mapping[str, bool] | None = None
+) -> None:
     """Looks whether every path is a module of the model.
+
+    Args:
+        model: that they are of.
+        modules: by path.
+        where: they are written, for errors.
+        frozen: what is unless they say otherwise.
 
     Raises:
         ConfigError: one is not, or nothing is left to train.
@@ -88,7 +101,7 @@ def check_modules(model: nn.Module, modules: Mapping[str, ModuleConfig], where: 
         if path not in known:
             raise ConfigError(f"{where}: the model has no module {path!r}; {_remedy(path, known)}")
     names = [name for name, _ in model.named_parameters()]
-    if names and all(settings_of(name, modules).freeze for name in names):
+    if names and all(settings_of(name, in_force(modules, frozen or {})).freeze for name in names):
         raise ConfigError(f"{where}: every parameter is frozen, so there is nothing to train; unfreeze a module")
 
 

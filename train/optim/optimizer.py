@@ -1,12 +1,13 @@
 """The optimizer of a run: its groups, and how each kind is made.
 
-Whatever the kind, it is one `torch.optim.Optimizer` that holds every parameter from the start: those without a gradient (frozen ones) are
-skipped and take no state. The moments are its only state; all else in its groups comes from the configuration, also after loading.
+Whatever the kind, it is one `torch.optim.Optimizer` that holds from the start every parameter that some stage trains: those without a
+gradient at the time (frozen ones) are skipped and take no state. The moments are its only state, with AdaLoRA's means; all else in its
+groups comes from the configuration, also after loading.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,25 +21,32 @@ Group = dict[str, Any]
 _MIN_MUON = "2.9"  # the first torch with torch.optim.Muon
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig, paths: Iterable[str] = ()) -> torch.optim.Optimizer:
-    """The optimizer over all parameters of a model, decay on matrices only: not on norms, biases, embeddings and learned scales.
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, paths: Iterable[str] = (), never: Collection[str] = ()
+) -> torch.optim.Optimizer:
+    """The optimizer over the parameters of a model, decay on matrices only: not on norms, biases, embeddings and learned scales.
 
     Args:
         model: whose parameters.
         config: of the optimizer.
         paths: of modules that have settings of their own at some time of the run: each makes groups of its own.
+        never: names of parameters that are never trained.
 
     Raises:
         ConfigError: this torch has no such optimizer.
     """
-    return _KINDS[type(config)](list(_groups(model, tuple(paths), config)), config)
+    return _KINDS[type(config)](list(_groups(model, tuple(paths), config, frozenset(never))), config)
 
 
-def _groups(model: nn.Module, paths: tuple[str, ...], config: OptimizerConfig) -> Iterator[Group]:
+def _groups(
+    model: nn.Module, paths: tuple[str, ...], config: OptimizerConfig, never: frozenset[str]
+) -> Iterator[Group]:
     """Parameters that share all settings, with their names, in the model's order."""
     decayed, orthogonal = decayed_parameters(model), _muon_matrices(model)
     groups: dict[tuple[str, bool, bool], list[tuple[str, Tensor]]] = {}
     for name, parameter in model.named_parameters():
+        if name in never:
+            continue
         kind = (owner(name, paths), name in decayed, isinstance(config, MuonConfig) and name in orthogonal)
         groups.setdefault(kind, []).append((name, parameter))
     for (path, decays, is_muon), parameters in groups.items():

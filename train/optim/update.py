@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmctx.ranges import timed
+from mmctx.train.optim.budget import RankBudget
 from mmctx.train.optim.ema import Ema
 from mmctx.train.optim.guard import Guard, GuardState
 from mmctx.train.optim.learning_rate import learning_rate
@@ -48,6 +49,8 @@ class Update:
             self.ema.load(average)
         self.guard_state = guard
         device = next(model.parameters()).device
+        tuning = config.train.tune
+        self._budget = RankBudget(model, optimizer, tuning, config.steps) if tuning.kind == "adalora" else None
         self._guard = Guard(config.train.guard, guard, device, report) if config.train.guard else None
 
     def __call__(self, stage: Stage, step: int, loss: Tensor, norm: Tensor, name_batch: Callable[[], str]) -> None:
@@ -68,10 +71,17 @@ class Update:
                 self._optimizer.step()
             else:
                 self._guard.step(self._optimizer, loss, norm, step + 1, name_batch)
+            if self._budget is not None:
+                self._budget.allocate(step + 1, norm)
             self._optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             with timed("ema"):
                 self.ema.update(step + 1)
+
+    def regularise(self) -> None:
+        """Adds to the gradients what a tuning asks of the weights themselves; before they are clipped."""
+        if self._budget is not None:
+            self._budget.regularise()
 
     def begin_stage(self) -> None:
         """To be called before a stage's first step: gradients may be of another size now."""

@@ -13,6 +13,7 @@ from mmctx.eval.haystack.sources import check_haystack
 from mmctx.eval.packages import require
 from mmctx.eval.suites.attribution import attribution_headline, evaluate_attribution
 from mmctx.eval.suites.caption import evaluate_caption
+from mmctx.eval.suites.classification import classification_headline, evaluate_classification
 from mmctx.eval.suites.loss import evaluate_loss
 from mmctx.eval.suites.loss_by_position import evaluate_loss_by_position, position_headline
 from mmctx.eval.suites.masked_lm import evaluate_masked_lm
@@ -21,6 +22,7 @@ from mmctx.eval.suites.next_sentence import evaluate_next_sentence
 from mmctx.eval.suites.passkey import evaluate_passkey
 from mmctx.eval.suites.probe import check_probe, evaluate_probe, probe_headline
 from mmctx.eval.suites.recall import evaluate_recall, recall_headline
+from mmctx.eval.suites.regression import evaluate_regression, regression_headline
 from mmctx.eval.suites.retrieval import evaluate_retrieval, retrieval_headline
 from mmctx.eval.suites.robustness import evaluate_robustness, robustness_headline
 from mmctx.eval.suites.sts import check_sts, evaluate_sts, sts_headline
@@ -65,6 +67,8 @@ SUITES: dict[str, Suite] = {
     "caption": Suite(evaluate_caption, check=lambda config: require("jiwer", "pycocoevalcap")),
     "masked_lm": Suite(evaluate_masked_lm),
     "next_sentence": Suite(evaluate_next_sentence),
+    "classification": Suite(evaluate_classification, classification_headline),
+    "regression": Suite(evaluate_regression, regression_headline, lambda config: require("scipy")),
     "recall": Suite(evaluate_recall, recall_headline),
     "needle": Suite(evaluate_needle, grid_headline, lambda config: check_haystack(config.needle.haystack)),
     "passkey": Suite(evaluate_passkey, grid_headline, lambda config: check_haystack(config.passkey.haystack)),

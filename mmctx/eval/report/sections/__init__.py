@@ -12,6 +12,7 @@ from typing import Any
 from mmctx.eval.report.pieces import Section
 from mmctx.eval.report.sections.caption import caption_section
 from mmctx.eval.report.sections.embeddings import probe_section, sts_section, zero_shot_section
+from mmctx.eval.report.sections.labels import classification_section, regression_section
 from mmctx.eval.report.sections.loss_by_position import loss_by_position_section
 from mmctx.eval.report.sections.masked_lm import masked_lm_section, next_sentence_section
 from mmctx.eval.report.sections.needle import grid_section
@@ -27,6 +28,8 @@ SECTIONS: dict[str, Callable[[Mapping[str, Any]], Section | None]] = {
     "caption": caption_section,
     "masked_lm": masked_lm_section,
     "next_sentence": next_sentence_section,
+    "classification": classification_section,
+    "regression": regression_section,
     "swapped_media": swapped_media_section,
     "sts": sts_section,
     "probe": probe_section,
