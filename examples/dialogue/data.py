@@ -3,9 +3,10 @@
     mmctx data build emoji data/emoji
     python examples/dialogue/data.py data/emoji data/dialogue
 
-A customer shows pictures of what was bought and names order numbers, the shop says when orders arrive and how long things may be returned,
-and between that there is small talk. Every fact is drawn anew for every conversation, so that nothing but the conversation holds the answer.
-`notes/` are short documents for pretraining, in which facts go round and round. Of chats, answers to questions are learned, and nothing else.
+A customer shows pictures of what was bought and names order numbers, the shop says when orders arrive and how long things may be
+returned, and between that there is small talk. Every fact is drawn anew for every conversation, so that nothing but the conversation
+holds the answer. `notes/` are short documents for pretraining, in which facts go round and round. Of chats, answers to questions are
+learned, and nothing else.
 """
 
 from __future__ import annotations
@@ -93,7 +94,9 @@ class Shop:
     def new_fact(self) -> dict[str, str] | None:
         """An order of a product, when an order arrives, or how long something may be returned; None if there are no more."""
         kind = ("product", "arrival", "return")[int(self.rng.choice(3, p=[0.4, 0.4, 0.2]))]
-        if not (self.kinds if kind == "return" else self.orders if kind == "arrival" else self.products and self.orders):
+        if not (
+            self.kinds if kind == "return" else self.orders if kind == "arrival" else self.products and self.orders
+        ):
             return None
         if kind == "return":
             fact = {"about": "return", "kind": self.kinds.pop(), "days": str(self.rng.integers(1, 29))}
@@ -128,7 +131,9 @@ def write_chat(rng: np.random.Generator, products: Sequence[str], size: int, end
     def say(role: str, parts: list[Any], learned: bool = False) -> None:
         nonlocal tokens
         tokens += 4 + sum(2 if isinstance(part, tuple) else len(part.split()) + 1 for part in parts)
-        messages.append({"role": role, "content": parts} | ({"loss": False} if role == "assistant" and not learned else {}))
+        messages.append(
+            {"role": role, "content": parts} | ({"loss": False} if role == "assistant" and not learned else {})
+        )
 
     while tokens < size * (0.9 if ends else 0.6):
         fact = shop.new_fact() if not shop.facts or rng.random() < (0.5 if size < 500 else 0.3) else None
@@ -163,7 +168,11 @@ def write_notes(rng: np.random.Generator, products: Sequence[str], size: int) ->
         else:
             said = stated(fact)[1]
         for part in said:
-            segments.append({"image": part[1]} if isinstance(part, tuple) else {"text": part + " "} | ({"loss": False} if first else {}))
+            segments.append(
+                {"image": part[1]}
+                if isinstance(part, tuple)
+                else {"text": part + " "} | ({"loss": False} if first else {})
+            )
             tokens += 1 if isinstance(part, tuple) else len(part.split()) + 1
         number += 1
     return {"segments": segments}
@@ -207,7 +216,9 @@ def _render(item: Item, products: dict[str, bytes], sizes: dict[str, tuple[int, 
         document = write_chat(rng, list(products), size, ends=item.split == "heldout")
         for message in document["messages"]:
             message["content"] = [
-                {"type": "image", "image": member(part[1])} if isinstance(part, tuple) else {"type": "text", "text": part}
+                {"type": "image", "image": member(part[1])}
+                if isinstance(part, tuple)
+                else {"type": "text", "text": part}
                 for part in message["content"]
             ]
     return Rendered({**members, "json": encode_json(document)})
@@ -228,7 +239,10 @@ def save_tokenizer(folder: Path, names: Sequence[str]) -> None:
     tokenizer.pre_tokenizer = splitter  # type: ignore[assignment]
     tokenizer.decoder = decoders.WordPiece(prefix="##")  # type: ignore[assignment]  # puts spaces between words
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|endoftext|>", unk_token="<|unknown|>", clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        eos_token="<|endoftext|>",
+        unk_token="<|unknown|>",
+        clean_up_tokenization_spaces=False,
     ).save_pretrained(str(folder))
 
 
