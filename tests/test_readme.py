@@ -79,6 +79,22 @@ def test_yaml_holds_together() -> None:
     assert second.config.data.context_length == 32768
 
 
+def test_yaml_of_fine_tuning_holds_together() -> None:
+    """It starts from a checkpoint that is not there: what it would say of the model is filled in."""
+    (block,) = [block for language, block in BLOCKS if language == "yml"]
+    tree = load_config(RunConfig, ROOT / "configs/demo.yaml").model_dump(mode="json") | {"schedule": []}
+    tree["data"]["sources"] = {"talks": {"shards": "x.tar", "objectives": ["answers", "mood", "stars"]}}
+    tree["eval"]["sources"], tree["run"] = {}, {"name": "readme"}
+    tree |= yaml.safe_load(block)
+    config = build_config(RunConfig, tree, "README.md")
+    assert config.train.tune.kind == "lora"
+    assert {objective.kind for objective in config.objectives.values()} == {
+        "captioning",
+        "classification",
+        "regression",
+    }
+
+
 def join(whole: dict[str, Any], piece: dict[str, Any]) -> None:
     """Adds a piece's keys to `whole`, in place; where a key is shown twice the later value holds."""
     for key, value in piece.items():

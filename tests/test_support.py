@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from itertools import combinations
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from mmctx.attention import BACKENDS, Request
-from mmctx.config import load_config
+from mmctx.config import apply_override, build_config, load_config
 from mmctx.errors import ConfigError
 from mmctx.train.config import RunConfig
 
@@ -30,18 +31,27 @@ FEATURES = {
     "train.audit": ["train.audit=true"],
     "train.deterministic": ["train.deterministic=true"],
     "dropout": ["model.transformer.dropout=0.1"],
+    "train.tune.kind: lora": ["train.tune={kind: lora}", "train.init=base"],
+    "train.tune.kind: adalora": ["train.tune={kind: adalora}", "train.init=base"],
+    "train.tune.kind: prefix": ["train.tune={kind: prefix}", "train.init=base"],
+    "train.tune.kind: adapter": ["train.tune={kind: adapter}", "train.init=base"],
+    "pooling: mean": ["objectives.sort={kind: classification, label: a, classes: [a, b], pooling: mean}"],
     "windows": ["model.transformer.windows=[512, null]"],
     "picture_positions: grid": ["model.transformer.picture_positions=grid", "model.transformer.head_dim=48"],
 }
 
-
+DEMO = load_config(RunConfig, ROOT / "configs/demo.yaml").model_dump_json()
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
 
 def goes(*names: str) -> str | None:
     """None if the features go together, or what the config says against it."""
+    tree = json.loads(DEMO)  # says everything, so that no checkpoint is looked for
+    for name in names:
+        for change in FEATURES[name]:
+            apply_override(tree, change)
     try:
-        load_config(RunConfig, ROOT / "configs/demo.yaml", [change for name in names for change in FEATURES[name]])
+        build_config(RunConfig, tree, "tree")
     except ConfigError as error:
         return str(error)
     return None

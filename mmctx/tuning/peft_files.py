@@ -13,26 +13,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmctx.model import MmctxModel
 from mmctx.tuning.apply import ADAPTER, added_modules, peft_config, require_peft
 from mmctx.tuning.config import AdaLoraTuning, LoraTuning, PrefixTuning
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter/adapter_config.json", "adapter/adapter_model.safetensors"
-_ROOT = "base_model.model."
+_CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
 def saved_modules(model: MmctxModel) -> list[str]:
     """Paths of modules of the base that are trained as a whole beside the adapter: those whose parameters all ask for gradients, outermost
-    alone.
+    alone, but no mere containers, which peft refuses.
     """
     added = tuple(added_modules(model))
     found: list[str] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{path}.") for path in (*found, *added))
         parameters = list(module.parameters())
-        if name and name not in added and not inside and parameters and all(p.requires_grad for p in parameters):
+        whole = bool(parameters) and all(p.requires_grad for p in parameters) and not isinstance(module, _CONTAINERS)
+        if name and name not in added and not inside and whole:
             found.append(name)
     return found
 
@@ -82,11 +83,12 @@ def adapter_tensors(model: MmctxModel, weights: Mapping[str, Tensor], modules: S
     """
     added = tuple(f"{path}." for path in added_modules(model))
     inside = tuple(f"{path}." for path in modules)
-    if isinstance(model.tuning, PrefixTuning):  # (P, layers * 2 * K * d); peft saves no other modules beside it
-        layers = [weights[name].flatten(1) for name in weights if name.startswith(added)]
-        return {"prompt_embeddings": torch.cat(layers, dim=1)}
+    if isinstance(model.tuning, PrefixTuning):
+        layers = [weights[name].flatten(1) for name in weights if name.startswith(added)]  # (P, 2 * K * d) each
+        beside = {f"base_model.{name}": tensor for name, tensor in weights.items() if name.startswith(inside)}
+        return {"prompt_embeddings": torch.cat(layers, dim=1)} | beside
     return {
-        _ROOT + name.replace(f".{ADAPTER}", "").replace(".base_layer.", "."): tensor
+        f"base_model.model.{name}".replace(f".{ADAPTER}", "").replace(".base_layer.", "."): tensor
         for name, tensor in weights.items()
         if name.startswith(added + inside)
     }

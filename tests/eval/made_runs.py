@@ -106,17 +106,17 @@ def all_results(edge: int = 1024) -> dict[str, Any]:
         str(length): {"all": score(0.9), "recall": score(0.9), "depths": {"0-0.5": score(0.8), "0.5-1": score(1.0)}}
         for length in lengths
     }
-    known = {"accuracy": 0.8, "low": 0.7, "high": 0.9}
-    probe = {"linear": known | {"C": 0.1}, "1-NN": known, "5-NN": known}
-    curve = {"R@1": [0.5, 0.3, 0.1], "R@10": [0.9, 0.7, 0.2], "chance": {"R@1": 0.05, "R@10": 0.5}, "n": 20}
-    curve["interval"] = {cut: [[y - 0.1, y + 0.1] for y in curve[cut]] for cut in ("R@1", "R@10")}
-    top = {"top1": [0.9, 0.8, 0.4], "low": [0.8, 0.7, 0.3], "high": [1.0, 0.9, 0.5], "chance": 0.1, "n": 20}
     f1 = {"precision": 0.5, "recall": 0.5, "f1": 0.5, "n": 20}
     classes = {"accuracy": 0.75, "low": 0.6, "high": 0.86, "macro_f1": 0.74, "n": 40, "classes": ["good", ATTACK]}
     classes |= {"majority": {"accuracy": 0.5, "low": 0.35, "high": 0.65, "macro_f1": 0.33, "class": "good"}}
     classes |= {"per_class": {"good": f1, ATTACK: f1}, "confusion": [[15, 5], [5, 15]]}
     correlation, error = {"value": 0.8, "low": 0.6, "high": 0.9}, {"mean": 1.5, "low": 1.2, "high": 1.8, "n": 40}
     numbers = {"pearson": correlation, "spearman": correlation, "mse": error, "mse_of_mean": error, "r2": 0.4, "n": 40}
+    known = {"accuracy": 0.8, "low": 0.7, "high": 0.9}
+    probe = {"linear": known | {"C": 0.1}, "1-NN": known, "5-NN": known}
+    curve = {"R@1": [0.5, 0.3, 0.1], "R@10": [0.9, 0.7, 0.2], "chance": {"R@1": 0.05, "R@10": 0.5}, "n": 20}
+    curve["interval"] = {cut: [[y - 0.1, y + 0.1] for y in curve[cut]] for cut in ("R@1", "R@10")}
+    top = {"top1": [0.9, 0.8, 0.4], "low": [0.8, 0.7, 0.3], "high": [1.0, 0.9, 0.5], "chance": 0.1, "n": 20}
     caption = {f"image_{name}": 0.5 for name in ("cer", "wer", "exact", "bleu_4", "rouge_l")}
     return {
         "retrieval": {"image_to_text": recall, "text_to_image": recall},
