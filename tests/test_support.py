@@ -37,6 +37,8 @@ FEATURES = {
     "train.tune.kind: adapter": ["train.tune={kind: adapter}", "train.init=base"],
     "pooling: mean": ["objectives.sort={kind: classification, label: a, classes: [a, b], pooling: mean}"],
     "windows": ["model.transformer.windows=[512, null]"],
+    "learned_positions": ["model.transformer.learned_positions=2048"],
+    "norm_place: post": ["model.transformer.norm_place=post"],
     "picture_positions: grid": ["model.transformer.picture_positions=grid", "model.transformer.head_dim=48"],
 }
 

@@ -156,6 +156,12 @@ class RunConfig(StrictModel):
                 raise ValueError(
                     f"objectives.{name}.pooling: mean needs whole documents, and train.sequence_parallel={ranks} cuts them; use token"
                 )
+        positions, context = self.model.transformer.learned_positions, self.data.context_length
+        if positions is not None and context > positions:
+            raise ValueError(
+                f"data.context_length={context} is longer than model.transformer.learned_positions={positions}; lower it, or ask for more "
+                "positions (which a pretrained folder's are stretched to by model.transformer.resize_positions)"
+            )
         if self.train.audit and self.train.distribution.kind == "fsdp2":
             raise ValueError(
                 "train.audit looks at whole models, and train.distribution.kind: fsdp2 splits them; run `mmctx audit CONFIG` instead"

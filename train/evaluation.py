@@ -21,6 +21,7 @@ from mmctx.train.config import RunConfig
 from mmctx.train.distribution import is_sharded
 from mmctx.train.stages import Stage
 from mmctx.train.sums import Sums
+from mmctx.tuning import apply_tuning
 
 
 class LoopEvaluation:
@@ -89,6 +90,7 @@ class LoopEvaluation:
             return model
         with torch.random.fork_rng(devices=[]):  # fresh weights are drawn on the host, and written over
             copy = MmctxModel(without_pretrained(config.model), config.objectives, model.vocab_size)
+            apply_tuning(copy, config.train.tune, config.steps)
         weights = {**model.state_dict(), **average}
         copy.load_state_dict({name: _whole_tensor(tensor) for name, tensor in weights.items()})
         return copy.to(self._accelerator.device)

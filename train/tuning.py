@@ -21,7 +21,7 @@ def check_tuning(config: RunConfig) -> None:
     train, kind = config.train, config.train.tune.kind
     if kind == "full":
         return
-    if train.init is None and getattr(config.model.transformer, "pretrained", None) is None:
+    if train.init is None and config.model.transformer.pretrained is None:
         raise ValueError(
             f"train.tune.kind: {kind} trains a little beside frozen weights that nothing has trained; set train.init to a checkpoint"
         )
@@ -30,15 +30,24 @@ def check_tuning(config: RunConfig) -> None:
             f"train.tune.kind: prefix puts tokens in front of whole documents, and train.sequence_parallel={train.sequence_parallel} cuts "
             "them; use lora, or sequence_parallel=1"
         )
+    positions = config.model.transformer.learned_positions
+    if train.tune.kind == "prefix" and positions is not None:
+        needed = config.data.context_length + train.tune.num_tokens
+        if needed > positions:
+            raise ValueError(
+                f"train.tune.num_tokens={train.tune.num_tokens} before data.context_length={config.data.context_length} tokens need "
+                f"{needed} positions, and model.transformer.learned_positions is {positions}; lower context_length"
+            )
     if train.tune.kind == "adalora":
         if train.distribution.kind == "fsdp2":
             raise ValueError(
                 "train.tune.kind: adalora ranks the entries of all layers, which train.distribution.kind: fsdp2 splits; use ddp, or lora"
             )
-        steps = config.train.steps if config.schedule == () else None
+        steps = config.steps if config.schedule else config.train.steps
         if steps is not None and train.tune.start + train.tune.settle >= steps:
             raise ValueError(
-                f"train.tune.start={train.tune.start} and settle={train.tune.settle} leave none of train.steps={steps} to choose ranks in"
+                f"train.tune.start={train.tune.start} and settle={train.tune.settle} leave none of the run's {steps} steps to choose "
+                "ranks in"
             )
 
 

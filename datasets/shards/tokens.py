@@ -115,7 +115,7 @@ def _count(counter: TokenCounter, texts: Sequence[str], control: np.ndarray) -> 
     found = np.zeros(len(texts), np.int64)
     for kind in {False, *control.tolist()}:
         mine = np.flatnonzero(control == kind)
-        found[mine] = counter.count([texts[number] for number in mine], kind)
+        found[mine] = counter.count([texts[number] for number in mine.tolist()], kind)
     return found
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from mmctx.cli import audit, build, convert, data, doctor, merge, profile, runs, sweep
+from mmctx.cli import audit, build, convert, data, doctor, export, merge, profile, runs, sweep
 from mmctx.errors import MmctxError
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ for name, command in {
     "audit": audit.audit,
     "profile": profile.profile,
     "merge": merge.merge,
+    "export": export.export,
     "sweep": sweep.sweep,
 }.items():
     app.command(name)(command)

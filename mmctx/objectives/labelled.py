@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mmctx.errors import SampleError
 from mmctx.objectives.base import LossSum, Names, ObjectiveConfig, ids, lay_out, text_column, text_of, token_counts
+from mmctx.objectives.output_head import OutputHead
 from mmctx.pack import IGNORE_INDEX, Document, MediaItem, PackedBatch
 from mmctx.sample import Sample, SampleSizes
 from mmctx.tokenizer import TextTokenizer
@@ -152,7 +153,7 @@ class LabelledLoss(nn.Module):
         """Loss of scores (K, outputs) against targets (K,), a scalar: summed over documents."""
         raise NotImplementedError
 
-    def forward(self, hidden: Tensor, batch: PackedBatch, head: Tensor) -> LossSum:
+    def forward(self, hidden: Tensor, batch: PackedBatch, head: OutputHead) -> LossSum:
         """See `ModelHalf`."""
         if self.name not in batch.label_positions:
             return LossSum((hidden * 0).sum() + sum((p * 0).sum() for p in self.parameters()), 0)

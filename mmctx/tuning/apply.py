@@ -106,7 +106,7 @@ def peft_config(tuning: LoraTuning | AdaLoraTuning, targets: list[str], steps: i
         beta1=tuning.beta,
         beta2=tuning.beta,
         orth_reg_weight=tuning.orthogonality,
-        total_step=steps,
+        total_step=max(steps, tuning.start + tuning.settle + 2),  # peft asks for some steps to choose in, whoever asks
         **common,
     )
 

@@ -74,7 +74,11 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def tuned(base_tree: dict[str, Any], base: Path, kind: str) -> Path:
     """The folder of a run of each kind, to its end."""
-    tree = tuned_tree(base_tree, base, kind, train={"tune": KINDS[kind]})
+    held_out = tiny_tree(Path(base_tree["data"]["tokenizer"]).parent, base)["eval"]["sources"]
+    changes = {"train": {"tune": KINDS[kind], "ema": {"decay": 0.5}, "audit": kind == "prefix"}}
+    if kind in ("lora", "prefix"):  # of averaged weights, as the run goes on
+        changes["eval"] = {"sources": held_out, "weights": "ema", "every": STEPS}
+    tree = tuned_tree(base_tree, base, kind, **changes)
     return train(build_config(RunConfig, tree, kind)).run_dir
 
 
@@ -93,7 +97,9 @@ def pack(data: RunData, documents: list[Document]) -> PackedBatch:
 
 def test_a_run_trains_what_it_added_and_nothing_of_the_base(tuned: Path, base: Path, kind: str) -> None:
     lines = read_lines(tuned / "metrics.jsonl")
-    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    held_out = [line["eval/loss/captioning/held_out"] for line in lines if "eval/loss/captioning/held_out" in line]
+    assert len(held_out) == (kind in ("lora", "prefix"))
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
     weights, theirs = (
         load_file(tuned / "latest" / "model.safetensors"),
         load_file(base / "latest" / "model.safetensors"),
@@ -130,13 +136,15 @@ def test_a_run_goes_on_bitwise_without_what_it_started_from(
     copy, gone = tmp_path / "again", base.with_name("gone")
     shutil.copytree(tuned, copy, symlinks=True)
     shutil.rmtree(copy / f"checkpoint-{STEPS}")
-    tree = tuned_tree(base_tree, base, "again", train={"tune": KINDS[kind]}, run={"dir": str(tmp_path)})
+    tree = tuned_tree(
+        base_tree, base, "again", run={"dir": str(tmp_path)}, train={"tune": KINDS[kind], "ema": {"decay": 0.5}}
+    )
     base.rename(gone)
     try:
         train(build_config(RunConfig, tree, "again"))
     finally:
         gone.rename(base)
-    for name in ("model.safetensors", "trainer/optimizer/optimizer.safetensors"):
+    for name in ("model.safetensors", "trainer/optimizer/optimizer.safetensors", "trainer/ema.safetensors"):
         ours, theirs = (load_file(run / f"checkpoint-{STEPS}" / name) for run in (copy, tuned))
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[tensor], theirs[tensor]) for tensor in theirs)
@@ -369,7 +377,7 @@ class TestStarts:
         [
             ({"tune": {"kind": "prefix"}, "sequence_parallel": 2}, "prefix puts tokens in front of whole documents"),
             ({"tune": {"kind": "adalora"}, "distribution": {"kind": "fsdp2"}}, "ranks the entries of all layers"),
-            ({"tune": {"kind": "adalora", "start": 5, "settle": 5}}, "leave none of train.steps=8"),
+            ({"tune": {"kind": "adalora", "start": 5, "settle": 5}}, "leave none of the run's 8 steps"),
             ({"tune": {"kind": "adalora", "rank": 20}}, "more than initial_rank"),
             ({"tune": {"kind": "lora", "targets": []}}, "at least 1 item"),
             ({"tune": {"kind": "lora"}, "init": None}, "frozen weights that nothing has trained"),
