@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -47,8 +48,8 @@ def read_model(checkpoint: Path) -> tuple[MmctxModel, TextTokenizer, RunConfig]:
 
 
 def without_pretrained(config: ModelConfig) -> ModelConfig:
-    """The same shape with fresh encoder weights: a checkpoint brings its own, so no folder is read and nothing downloaded."""
-    fresh = {}
+    """The same shape with fresh weights: a checkpoint brings its own, so no folder is read and nothing needs downloading."""
+    fresh: dict[str, Any] = {"transformer": config.transformer.model_copy(update={"pretrained": None})}
     for kind in ENCODERS:
         part = getattr(config, kind)
         if part is not None and "pretrained" in type(part).model_fields:
