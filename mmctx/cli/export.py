@@ -1,4 +1,4 @@
-"""Command export: a checkpoint's trunk or encoders for other programs."""
+"""Command export: a checkpoint's trunk, or its encoders, for other programs."""
 
 from __future__ import annotations
 
@@ -14,25 +14,24 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder, or a run folder for its newest one.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     to: Annotated[
-        str,
-        typer.Option(
-            help="llama, mistral, qwen2, qwen3, gpt2 or bert for the trunk; onnx or torch-export for encoders."
-        ),
+        str, typer.Option(help="llama, mistral, qwen2, qwen3, gpt2 or bert; onnx or torch-export for encoders.")
     ],
-    clip_seconds: Annotated[
-        float, typer.Option(help="onnx, torch-export: length of the clips that sound graphs take.")
-    ] = 10.0,
+    clip_seconds: Annotated[float, typer.Option(help="Length of the clips that graphs of sound take.")] = 10.0,
+    picture_size: Annotated[
+        tuple[int, int] | None, typer.Option(help="Height and width of pictures, where they keep their shape.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write trunk and tokenizer as a model that Transformers loads by itself, or encoders and embeddings as graphs; compare with ours.
+    """Write trunk and tokenizer as a model that Transformers loads by itself, and compare its logits with ours.
 
-    Exits with 1 if they differ by more than 1e-4 of the largest one.
+    Exits with 1 if they differ by more than 1e-4 of the largest one. With `--to onnx` or `torch-export`, write encoders and similarity
+    embeddings as graphs, each compared with the model.
     """
     from mmctx import api
 
     if to in ("onnx", "torch-export"):
-        graphs = api.export_encoders(checkpoint, out, to, clip_seconds=clip_seconds)  # type: ignore[arg-type]
-        print_answer(graphs, as_json, table(graphs))
+        found = api.export_encoders(checkpoint, out, to, clip_seconds=clip_seconds, picture_size=picture_size)  # type: ignore[arg-type]
+        print_answer(found, as_json, table(found))
         return
     answer = api.export_trunk(checkpoint, out, to)
     print_answer(answer, as_json, table(answer))
