@@ -17,6 +17,7 @@ from mmctx.eval.report.run import is_run, read_run
 from mmctx.eval.results import add_results
 from mmctx.model import MmctxModel
 from mmctx.pack import PackedBatch
+from mmctx.pretrained.export import export as export_model
 from mmctx.train.audit import audit
 from mmctx.train.build import build_model as _build_model
 from mmctx.train.card import write_card
@@ -84,6 +85,21 @@ def evaluate(
     write_report(run_dir, results, config, context.data, batch=_first_batch(_with_tokenizer(config, folder)))
     write_card(folder, run_dir)
     return results
+
+
+def export(checkpoint: str | Path, out: str | Path, to: str) -> dict[str, Any]:
+    """Writes a checkpoint's trunk and tokenizer as a folder that Transformers loads by itself. See `mmctx.pretrained.export`.
+
+    Args:
+        checkpoint: a `checkpoint-N` folder, or a run folder for its newest one.
+        out: the folder.
+        to: `llama`, `mistral`, `qwen2`, `qwen3`, `gpt2` or `bert`.
+
+    Raises:
+        ConfigError: such a model cannot say what the trunk has; each field is named.
+    """
+    model, tokenizer, config = load_model(Path(checkpoint))
+    return export_model(model, tokenizer, Path(out), to, context_length=config.data.context_length)
 
 
 def report(*runs: str | Path, out: str | Path | None = None) -> Path:
@@ -241,6 +257,7 @@ __all__ = [
     "build_dataset",
     "build_model",
     "evaluate",
+    "export",
     "load_config",
     "load_model",
     "recall_curve",
