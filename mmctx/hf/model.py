@@ -114,6 +114,7 @@ class MmctxForConditionalGeneration(FeaturesMixin, VocabularyMixin, PreTrainedMo
         native = self.native
         example: Any = input_ids if inputs_embeds is None else inputs_embeds
         rows = Rows.of(example, 0 if cache is None else cache.get_seq_length(), attention_mask, position_ids)
+        self._check_positions(rows)
         ids = rows.positions.new_zeros(len(rows.positions)) if input_ids is None else rows.pack(input_ids)
         media: Mapping[str, Any] = {}
         if input_ids is not None and not (rows.past and pixel_values is None and input_features is None):
@@ -157,6 +158,17 @@ class MmctxForConditionalGeneration(FeaturesMixin, VocabularyMixin, PreTrainedMo
         places = (targets != IGNORE_INDEX).nonzero()[:, 0]
         total = sum_of_losses(native, hidden.index_select(0, places), targets.index_select(0, places))
         return total / (len(places) if count is None else count)
+
+    def _check_positions(self, rows: Rows) -> None:
+        """Learned positions end somewhere. The device is asked only where they might."""
+        count = self.config.shape.transformer.learned_positions
+        if count is None or rows.past + rows.shape[1] <= count:
+            return
+        if (last := int(rows.positions.max())) >= count:
+            raise ConfigError(
+                f"a row of {last + 1} tokens is longer than the {count} positions that the model has learned "
+                "(model.transformer.learned_positions); shorten it, or ask for fewer new tokens"
+            )
 
     @property
     def placeholder_ids(self) -> dict[str, int]:

@@ -283,3 +283,17 @@ def test_a_placeholder_behind_media_is_a_word_like_any_other(parts: Any) -> None
     mark = torch.tensor([[model.placeholder_ids["image"]]])
     cache = first["cache" if "cache" in first else "past_key_values"]
     assert model(mark, past_key_values=cache).logits.isfinite().all()
+
+
+def test_learned_positions_end(bert: Path) -> None:
+    from mmctx.errors import ConfigError
+
+    model = AutoModelForCausalLM.from_pretrained(bert)
+    ids = torch.arange(20, 134)[None]
+    padded = torch.cat([torch.zeros(1, 30, dtype=torch.int64), ids], dim=1)
+    mask = (padded > 0).long()
+    with torch.no_grad():
+        torch.testing.assert_close(model(padded, attention_mask=mask).logits[:, 30:], model(ids).logits)
+        assert model.generate(ids, max_new_tokens=14, eos_token_id=-1).shape[1] == 128
+        with pytest.raises(ConfigError, match="a row of 129 tokens is longer than the 128 positions"):
+            model.generate(ids, max_new_tokens=16, eos_token_id=-1)
