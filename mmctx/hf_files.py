@@ -14,6 +14,7 @@ from typing import Any
 
 from mmctx.model import ModelConfig
 from mmctx.objectives import AnyObjective
+from mmctx.pack import MODALITIES
 from mmctx.tokenizer import TextTokenizer
 
 MODEL_TYPE = "mmctx"
@@ -55,9 +56,16 @@ def special_tokens(tokenizer: TextTokenizer) -> dict[str, int]:
     return dict(tokenizer.placeholder_ids) | ours
 
 
+def generation_defaults(special: Mapping[str, int]) -> dict[str, Any]:
+    """What `generate` does unless it is told: texts end at `eos`, and no placeholder is written, behind which there would be no media."""
+    placeholders = [special[kind] for kind in MODALITIES if kind in special]
+    eos = special.get("eos")
+    return {"eos_token_id": eos, "pad_token_id": eos, "suppress_tokens": placeholders or None}
+
+
 def side_files(model: ModelConfig, tokenizer: TextTokenizer) -> dict[str, bytes]:
     """The other three files, by name."""
-    generation = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
+    generation = generation_defaults(special_tokens(tokenizer))
     processor = {
         "processor_class": PROCESSOR_CLASS,
         "auto_map": PROCESSOR_AUTO_MAP,

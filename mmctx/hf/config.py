@@ -142,7 +142,7 @@ class MmctxConfig(PreTrainedConfig):
 def _read_folder(folder: Path) -> dict[str, Any]:
     """What the `config.json` of earlier versions lacks: the shape in the stage that was trained last, and ids of special tokens."""
     from mmctx.tokenizer import TextTokenizer
-    from mmctx.train.checkpoints.load import load_run_config
+    from mmctx.train.checkpoints.load import load_run_config, without_pretrained
     from mmctx.train.checkpoints.state import read_state
     from mmctx.train.stages import trained_stage
 
@@ -150,7 +150,7 @@ def _read_folder(folder: Path) -> dict[str, Any]:
     if (folder / "trainer" / "trainer_state.json").is_file():
         config = trained_stage(config, read_state(folder).step).config
     return {
-        "model": config.model.model_dump(mode="json"),
+        "model": without_pretrained(config.model).model_dump(mode="json"),
         "objectives": {name: objective.model_dump(mode="json") for name, objective in config.objectives.items()},
         "special_tokens": special_tokens(TextTokenizer(folder)),
         "max_position_embeddings": config.data.context_length,

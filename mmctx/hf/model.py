@@ -23,6 +23,7 @@ from mmctx.hf.features import FeaturesMixin
 from mmctx.hf.head import next_token_logits, sum_of_losses
 from mmctx.hf.inputs import MEDIA_INPUTS, Rows, items_by_row, media_batches
 from mmctx.hf.resize import VocabularyMixin
+from mmctx.hf_files import generation_defaults
 from mmctx.model import ENCODERS, MmctxModel
 from mmctx.pack import IGNORE_INDEX, MODALITIES
 
@@ -113,9 +114,10 @@ class MmctxForConditionalGeneration(FeaturesMixin, VocabularyMixin, PreTrainedMo
         native = self.native
         example: Any = input_ids if inputs_embeds is None else inputs_embeds
         rows = Rows.of(example, 0 if cache is None else cache.get_seq_length(), attention_mask, position_ids)
+        self._check_positions(rows)
         ids = rows.positions.new_zeros(len(rows.positions)) if input_ids is None else rows.pack(input_ids)
         media: Mapping[str, Any] = {}
-        if input_ids is not None:
+        if input_ids is not None and not (rows.past and pixel_values is None and input_features is None):
             inputs = {
                 "pixel_values": pixel_values,
                 "input_features": input_features,
@@ -156,6 +158,17 @@ class MmctxForConditionalGeneration(FeaturesMixin, VocabularyMixin, PreTrainedMo
         places = (targets != IGNORE_INDEX).nonzero()[:, 0]
         total = sum_of_losses(native, hidden.index_select(0, places), targets.index_select(0, places))
         return total / (len(places) if count is None else count)
+
+    def _check_positions(self, rows: Rows) -> None:
+        """Learned positions end somewhere. The device is asked only where they might."""
+        count = self.config.shape.transformer.learned_positions
+        if count is None or rows.past + rows.shape[1] <= count:
+            return
+        if (last := int(rows.positions.max())) >= count:
+            raise ConfigError(
+                f"a row of {last + 1} tokens is longer than the {count} positions that the model has learned "
+                "(model.transformer.learned_positions); shorten it, or ask for fewer new tokens"
+            )
 
     @property
     def placeholder_ids(self) -> dict[str, int]:
@@ -234,11 +247,11 @@ class MmctxForConditionalGeneration(FeaturesMixin, VocabularyMixin, PreTrainedMo
         """From any checkpoint folder; see `PreTrainedModel.from_pretrained`."""
         found = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = found[0] if isinstance(found, tuple) else found
-        generation, eos = model.generation_config, model.config.special_tokens.get("eos")
-        if generation.eos_token_id is None:  # checkpoints of earlier versions say nothing of generation
-            generation.eos_token_id = eos
-        if generation.pad_token_id is None:
-            generation.pad_token_id = eos
+        for name, value in generation_defaults(model.config.special_tokens).items():
+            if (
+                getattr(model.generation_config, name) is None
+            ):  # checkpoints of earlier versions say nothing of generation
+                setattr(model.generation_config, name, value)
         return found
 
     @classmethod

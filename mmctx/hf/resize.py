@@ -14,6 +14,7 @@ class VocabularyMixin:
     """Embeddings in and out, for a model whose tables have more rows than its vocabulary has ids."""
 
     config: Any
+    native: Any
     embedding: nn.Embedding
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -50,6 +51,8 @@ class VocabularyMixin:
         for module in (self.embedding, self.get_output_embeddings()):
             if module is not None:
                 _resize(module, self.config.vocab_size, size, mean_resizing)
+        if (transform := self.native.head_transform) is not None:
+            _resize_bias(transform, self.config.vocab_size, size)
         self.config.vocab_size = size
         return self.embedding
 
@@ -57,7 +60,7 @@ class VocabularyMixin:
 @torch.no_grad()
 def _resize(module: Any, known: int, size: int, mean: bool) -> None:
     old: Tensor = module.weight
-    rows = -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    rows = _rows(size)
     weight = old.new_empty(rows, old.shape[1]).normal_(std=0.02)
     weight[: min(known, rows)] = old[: min(known, rows)]
     if mean and size > known:
@@ -66,3 +69,16 @@ def _resize(module: Any, known: int, size: int, mean: bool) -> None:
     for name in ("num_embeddings", "out_features"):
         if hasattr(module, name):
             setattr(module, name, rows)
+
+
+@torch.no_grad()
+def _resize_bias(transform: Any, known: int, size: int) -> None:
+    old: Tensor = transform.bias
+    bias = old.new_zeros(_rows(size))
+    bias[: min(known, len(bias))] = old[: min(known, len(bias))]
+    transform.bias = nn.Parameter(bias, requires_grad=old.requires_grad)
+
+
+def _rows(size: int) -> int:
+    """Of the tables for so many ids."""
+    return -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE

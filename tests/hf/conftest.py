@@ -14,6 +14,16 @@ import mmctx.hf  # noqa: F401  tells Transformers' Auto classes
 
 UNTIED = {"tie_embeddings": False, "windows": [5, None], "norm": "layer", "qkv_bias": True}
 
+BERT = {
+    "learned_positions": 128,
+    "norm_place": "post",
+    "embedding_norm": True,
+    "head_transform": True,
+    "activation": "gelu",
+    "norm": "layer",
+    "qk_norm": False,
+} | dict.fromkeys(("qkv_bias", "mlp_bias", "out_bias"), True)
+
 
 @pytest.fixture(scope="session")
 def make(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
@@ -40,7 +50,13 @@ def untied(make: Callable[..., Path]) -> Path:
     return make(UNTIED)
 
 
-@pytest.fixture(scope="session", params=["tied", "untied"])
-def either(request: pytest.FixtureRequest, checkpoint: Path, untied: Path) -> Path:
-    """Both, in turn."""
-    return checkpoint if request.param == "tied" else untied
+@pytest.fixture(scope="session")
+def bert(make: Callable[..., Path]) -> Path:
+    """Learned positions, norms behind, biases on the logits. Not to be changed."""
+    return make(BERT)
+
+
+@pytest.fixture(scope="session", params=["checkpoint", "untied", "bert"])
+def either(request: pytest.FixtureRequest) -> Path:
+    """Each of them, in turn."""
+    return request.getfixturevalue(request.param)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -77,12 +78,12 @@ def slowly(model: MmctxForConditionalGeneration, inputs: Any, count: int) -> lis
         at += item.num_tokens
     native, new = model.native, []
     for _ in range(count):
-        import numpy as np
-
         whole = np.array(ids + new)
         document = Document("", whole, np.full_like(whole, -100), causal=True, media=tuple(media))
         hidden = native.encode(pack_documents([document], model.placeholder_ids))
-        new.append(int(native.next_token_logits(hidden[-1:]).argmax()))
+        logits = native.next_token_logits(hidden[-1])
+        logits[list(model.placeholder_ids.values())] = -torch.inf  # media are read, never written
+        new.append(int(logits.argmax()))
         if new[-1] == model.config.special_tokens["eos"]:
             return new[:-1]
     return new
@@ -148,13 +149,16 @@ def test_sampling_draws_from_the_models_distribution(parts: Any) -> None:
     model, processor = parts
     inputs = read_each(processor)[1]
     torch.manual_seed(0)
-    drawn = model.generate(
-        **inputs, do_sample=True, temperature=0.7, top_k=0, max_new_tokens=1, num_return_sequences=2000
-    )[:, -1]
+    options = {"do_sample": True, "temperature": 0.1, "top_k": 0, "max_new_tokens": 1, "num_return_sequences": 2000}
+    drawn = model.generate(**inputs, **options)[:, -1]
     with torch.no_grad():
-        expected = (model(**inputs).logits[0, -1] / 0.7).softmax(dim=-1)
-    shares = torch.bincount(drawn, minlength=len(expected)) / len(drawn)
-    assert (shares - expected).abs().sum() / 2 < 0.15  # total variation
+        logits = model(**inputs).logits[0, -1]
+    logits[list(model.placeholder_ids.values())] = -torch.inf
+    shares = torch.bincount(drawn, minlength=len(logits)) / len(drawn)
+    distance = {t: (shares - (logits / t).softmax(dim=-1)).abs().sum() / 2 for t in (0.1, 1.0)}
+    expected = (logits / 0.1).softmax(dim=-1)
+    noise = (2 * expected / (np.pi * len(drawn))).sqrt().sum() / 2  # of the distance, if they are drawn from it
+    assert distance[0.1] < 1.3 * noise < distance[1.0]
     torch.manual_seed(1)
     few = model.generate(**inputs, do_sample=True, top_p=0.2, max_new_tokens=NEW, num_return_sequences=3)
     assert few.shape[0] == 3
@@ -258,3 +262,38 @@ def test_pillow_pictures_are_read_as_files_are(parts: Any, tmp_path: Path) -> No
     from_file = processor(images=tmp_path / "a.png")
     for other in (Image.open(tmp_path / "a.png"), str(tmp_path / "a.png"), png(1), {"bytes": png(1)}):
         assert torch.equal(processor(images=other)["pixel_values"], from_file["pixel_values"])
+
+
+def test_no_placeholder_is_written(parts: Any, checkpoint: Path, tmp_path: Path) -> None:
+    from hf_folders import as_earlier
+
+    earlier = AutoModelForCausalLM.from_pretrained(as_earlier(checkpoint, tmp_path / "earlier"))
+    for model in (parts[0], earlier):
+        options = {"do_sample": True, "temperature": 5.0, "top_k": 0, "max_new_tokens": 1, "num_return_sequences": 4000}
+        drawn = model.generate(torch.arange(20, 30)[None], **options)
+        counts = torch.bincount(drawn[:, -1], minlength=model.config.vocab_size)
+        assert not counts[list(model.placeholder_ids.values())].any()
+        assert (counts > 0).float().mean() > 0.9
+
+
+def test_a_placeholder_behind_media_is_a_word_like_any_other(parts: Any) -> None:
+    model, processor = parts
+    inputs = read_each(processor)[0]
+    first = model(**inputs, use_cache=True)
+    mark = torch.tensor([[model.placeholder_ids["image"]]])
+    cache = first["cache" if "cache" in first else "past_key_values"]
+    assert model(mark, past_key_values=cache).logits.isfinite().all()
+
+
+def test_learned_positions_end(bert: Path) -> None:
+    from mmctx.errors import ConfigError
+
+    model = AutoModelForCausalLM.from_pretrained(bert)
+    ids = torch.arange(20, 134)[None]
+    padded = torch.cat([torch.zeros(1, 30, dtype=torch.int64), ids], dim=1)
+    mask = (padded > 0).long()
+    with torch.no_grad():
+        torch.testing.assert_close(model(padded, attention_mask=mask).logits[:, 30:], model(ids).logits)
+        assert model.generate(ids, max_new_tokens=14, eos_token_id=-1).shape[1] == 128
+        with pytest.raises(ConfigError, match="a row of 129 tokens is longer than the 128 positions"):
+            model.generate(ids, max_new_tokens=16, eos_token_id=-1)

@@ -16,6 +16,7 @@ from mmctx.model import MmctxModel
 from mmctx.tokenizer import TextTokenizer
 from mmctx.train.card import write_card
 from mmctx.train.checkpoints.layout import delete, final_path
+from mmctx.train.checkpoints.load import without_pretrained
 from mmctx.train.checkpoints.optimizer_state import named_state
 from mmctx.train.checkpoints.retention import check_metric, superfluous
 from mmctx.train.checkpoints.sharded import Shards
@@ -151,7 +152,7 @@ class Saver:
     def _describe(self, model: MmctxModel, tokenizer: TextTokenizer, step: int) -> dict[str, Any]:
         """`config.json`: the model in the stage that it was last trained in, for Transformers, and the whole run, for us."""
         stage = trained_stage(self.config, step).config
-        about = describe_model(stage.model, stage.objectives, tokenizer, model.vocab_size)
+        about = describe_model(without_pretrained(stage.model), stage.objectives, tokenizer, model.vocab_size)
         return about | {
             "max_position_embeddings": stage.data.context_length,
             "run": self.config.model_dump(mode="json"),
@@ -163,7 +164,7 @@ class Saver:
             with tempfile.TemporaryDirectory() as folder:
                 tokenizer.save(Path(folder))
                 files = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
-            self._side_files = tokenizer, files | side_files(self.config.model, tokenizer)
+            self._side_files = tokenizer, files | side_files(without_pretrained(self.config.model), tokenizer)
         return self._side_files[1]
 
 
