@@ -1,4 +1,4 @@
-"""Vision towers: any plain ViT of timm or open_clip, reduced to the part that makes patch tokens.
+"""Vision towers: any plain ViT of timm or open_clip, reduced to the part that makes patch tokens; EfficientNets are in `conv_tower`.
 
 Shapes: I pictures, S image side in pixels, N patch tokens per picture, C tower width, h x w positions of a feature map.
 """
@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from mmctx.user_cache import installed_version, remembered
 
 
 class ImageEncoderConfig(StrictModel):
-    """A picture encoder: a ViT by name, an optional reduction of its tokens, a projector."""
+    """A picture encoder: a ViT or an EfficientNet by name, an optional reduction of its tokens, a projector."""
 
     kind: Literal["timm", "open_clip"] = "timm"
     """Library that the tower comes from."""
@@ -99,7 +99,10 @@ def image_geometry(config: ImageEncoderConfig) -> ImageGeometry:
 @lru_cache(maxsize=64)
 def _remembered_geometry(config_json: str) -> ImageGeometry:
     here = Path(__file__)
-    code = [hashlib.blake2b(here.with_name(name).read_bytes()).hexdigest() for name in (here.name, "conv_stem.py")]
+    code = [
+        hashlib.blake2b(here.with_name(name).read_bytes()).hexdigest()
+        for name in (here.name, "conv_stem.py", "conv_tower.py")
+    ]
     made_by = [installed_version(name) for name in ("torch", "timm", "open_clip_torch")]
     config = ImageEncoderConfig.model_validate_json(config_json)
     sizes = remembered("image_geometry", json.dumps([config_json, *made_by, *code]), lambda: asdict(_measure(config)))
@@ -241,8 +244,12 @@ def build_tower(config: ImageEncoderConfig, device: torch.device | str | None = 
 def _build_timm(config: ImageEncoderConfig, device: torch.device | str) -> VisionTower:
     import timm
 
+    from mmctx.encoders.conv_tower import build_conv_tower
+
     if "/" not in config.name and ":" not in config.name and not timm.is_model(config.name.partition(".")[0]):
         raise ConfigError(f"timm has no model {config.name!r}; {_close_matches(config.name, timm.list_models())}")
+    if (tower := build_conv_tower(config, load_timm)) is not None:
+        return tower
     options = dict(config.options)
     dim, num_heads = options.get("embed_dim"), options.get("num_heads")
     if dim and num_heads and dim % num_heads:
@@ -253,18 +260,18 @@ def _build_timm(config: ImageEncoderConfig, device: torch.device | str) -> Visio
         options["embed_layer"] = ConvStem
     model: Any = timm.create_model(config.name, pretrained=config.pretrained is True, num_classes=0, **options)
     if isinstance(config.pretrained, str):
-        _load_timm(model, config.pretrained)
+        load_timm(model, config.pretrained)
     return TimmTower(model, _rgb(model.pretrained_cfg["mean"]), _rgb(model.pretrained_cfg["std"]))
 
 
-def _load_timm(model: nn.Module, path: str) -> None:
+def load_timm(model: nn.Module, path: str, convert: Callable[..., Any] | None = None) -> None:
     """Loads a timm checkpoint (safetensors or torch), but for its classifier; refuses what does not fit."""
     from timm.models import load_checkpoint
 
     if not os.path.isfile(path):
         raise ConfigError(f"pretrained: no such file {path!r}")
     # Each family's own conversions, such as the resampling of position embeddings to another image size.
-    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    convert = convert or getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     keys = load_checkpoint(model, path, strict=False, filter_fn=convert)
     heads = getattr(model, "pretrained_cfg", {}).get("classifier") or "head"
     heads = (heads,) if isinstance(heads, str) else tuple(heads)

@@ -138,7 +138,11 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_stamps_learn_flags(flags: Path, tmp_path: Path) -> None:
     """Flags whose two colours never stood together in training are found by picture and by speech, in both languages."""
     held_out = {
-        language: {"shards": str(flags / language / "heldout" / "*.tar"), "objectives": ["similarity"]}
+        language: {
+            "shards": str(flags / language / "heldout" / "*.tar"),
+            "texts": ["txt", "json:names.en"],
+            "objectives": ["similarity"],
+        }
         for language in ("en", "fr")
     }
     config = api.load_config(
@@ -150,7 +154,9 @@ def test_stamps_learn_flags(flags: Path, tmp_path: Path) -> None:
         "data.sources.stamps.augment.image={flip: 0, crop: null}",  # left and right are what it is about
         "data.sources.stamps.augment.audio={speeds: [1.0]}",
         "model.transformer={width: 64, depth: 1, num_heads: 2, mlp_width: 128, norm: layer}",
-        "model.image.options={embed_dim: 64, depth: 1, num_heads: 2}",
+        "model.image={name: vit_tiny_patch16_224, image_size: 64, stem: conv, shuffle: 2, "
+        "options: {embed_dim: 64, depth: 1, num_heads: 2}}",  # pretrained weights may not be at hand
+        "train.modules={}",
         "model.audio={sample_rate: 8000, n_fft: 200, hop_length: 80, num_mels: 40, width: 64, depth: 1, num_heads: 2}",
         "data.bin_tokens=2048",
         "train.steps=80",

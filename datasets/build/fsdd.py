@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,16 @@ NUM_TEST = 5
 _NAME = re.compile(r"(?:^|/)((\d)_([a-z]+)_(\d+))\.wav$")
 
 
-def build_fsdd(out: Path, archive: Path, *, num_dev: int = 0, options: BuildOptions | None = None) -> dict[str, Any]:
+def build_fsdd(
+    out: Path, archive: Path, *, num_dev: int = 0, shuffled: bool = False, options: BuildOptions | None = None
+) -> dict[str, Any]:
     """Shards ``train/`` and ``test/`` of (speech, word), and ``dev/`` with `num_dev`; see `build_shards` for what is written.
 
     Args:
         archive: the set as a tar, compressed or not, or the folder it unpacks to.
         num_dev: recordings of each speaker and digit, from number 5 on, that are held back from training to choose settings on.
+        shuffled: a control: in training, recordings get the words of others. What is held back stays right, and a model that was trained
+            on such pairs must be at chance there.
 
     Raises:
         DataError: it is not there, or holds no recording.
@@ -48,17 +53,28 @@ def build_fsdd(out: Path, archive: Path, *, num_dev: int = 0, options: BuildOpti
         items.append(Item(key, (medium, digit, speaker, number), split=split))
     if not items:
         raise DataError(f"{archive}: holds no recording named DIGIT_SPEAKER_NUMBER.wav")
+    items = mix(items)
     source = Source(
         kind="fsdd",
         origin=str(archive.absolute()),
-        recipe=[stamp([archive]), num_dev] if num_dev else stamp([archive]),
-        items=listed(mix(items)),
+        recipe=[stamp([archive]), num_dev, shuffled] if num_dev or shuffled else stamp([archive]),
+        items=listed(_shuffle_words(items) if shuffled else items),
         render=_render,
         total=len(items),
         splits=("train", "dev", "test") if num_dev else ("train", "test"),
         left_out=left_out,
     )
     return build_shards(source, out, options or BuildOptions())
+
+
+def _shuffle_words(items: Sequence[Item]) -> list[Item]:
+    """Each training item gets the digit of the one before it; the first, that of the last."""
+    digits = [item.payload[1] for item in items if item.split == "train"]
+    given = iter(digits[-1:] + digits[:-1])
+    return [
+        replace(item, payload=(item.payload[0], next(given), *item.payload[2:])) if item.split == "train" else item
+        for item in items
+    ]
 
 
 def _files(archive: Path) -> Iterator[tuple[str, Medium]]:

@@ -23,7 +23,7 @@ from mmctx.datasets.build.stream import Item
 from mmctx.datasets.build.writer import BuildOptions, Source, build_shards
 from mmctx.errors import ConfigError
 
-LENGTHS = (128, 512, 2048, 8192)
+LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
 RECIPE_VERSION = 1  # raise it when the same arguments begin to give other documents
 _SHORTEST = _WARMUP = 64
 

@@ -98,6 +98,7 @@ def build_stamps(
             _drawn_by(),
             [s.captions for s in stamps],
             groups,
+            *(["shuffled"] if shuffled else []),
         ],
         items=listed(items),
         render=functools.partial(_render, image_size=image_size),

@@ -252,6 +252,12 @@ def fsdd(
     dev: Annotated[
         int, typer.Option(help="Training recordings of each speaker and digit that go to dev/, to choose settings on.")
     ] = 0,
+    shuffled: Annotated[
+        bool,
+        typer.Option(
+            "--shuffled", help="A control: training words of other recordings; what is held back stays right."
+        ),
+    ] = False,
     per_shard: PerShard = 1000,
     shard_mb: ShardMb = 256,
     workers: Workers = None,
@@ -260,4 +266,12 @@ def fsdd(
     """The Free Spoken Digit Dataset, in its own split."""
     from mmctx.datasets.build.fsdd import build_fsdd
 
-    run(build_fsdd, as_json, (0.0, per_shard, shard_mb, workers), out=out, archive=source, num_dev=dev)
+    run(
+        build_fsdd,
+        as_json,
+        (0.0, per_shard, shard_mb, workers),
+        out=out,
+        archive=source,
+        num_dev=dev,
+        shuffled=shuffled,
+    )

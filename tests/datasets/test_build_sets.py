@@ -16,7 +16,7 @@ from reading import left_out, read_back, shards_of
 
 from mmctx.datasets.build import asterisk, gimp, stamps
 from mmctx.datasets.build.asterisk import build_asterisk
-from mmctx.datasets.build.fsdd import build_fsdd
+from mmctx.datasets.build.fsdd import WORDS, build_fsdd
 from mmctx.datasets.build.gimp import build_gimp
 from mmctx.datasets.build.stamps import build_stamps
 from mmctx.datasets.build.writer import BuildOptions
@@ -280,6 +280,31 @@ class TestDigits:
         assert found == {"train": {"3_ann_7"}, "dev": {"3_ann_5", "3_ann_6"}, "test": {"3_ann_4"}}
         with pytest.raises(ConfigError, match="at least 0"):
             build_fsdd(tmp_path / "other", folder, num_dev=-1, options=OPTIONS)
+
+    def test_shuffled_words_are_a_control(self, tmp_path: Path, tokenizer) -> None:
+        """The words of training are dealt out anew, the same ones as often; the test's stay. A second build over the first notices."""
+        folder = tmp_path / "recordings"
+        folder.mkdir()
+        for digit in range(10):
+            for number in range(3, 8):
+                data = encode_audio(random_clip(10 * number + digit, 80), 8000, "WAV", "FLOAT")
+                (folder / f"{digit}_ann_{number}.wav").write_bytes(data)
+        found = {}
+        for shuffled in (False, True):
+            build_fsdd(tmp_path / "out", folder, shuffled=shuffled, options=OPTIONS)
+            for split in ("train", "test"):
+                found[split, shuffled] = read_back(shards_of(tmp_path / "out", split), tokenizer)
+        for split in ("train", "test"):
+            own, said = (
+                {key: tokenizer.decode(sample.texts[0]) for key, sample in found[split, shuffled].items()}
+                for shuffled in (False, True)
+            )
+            assert own == {key: WORDS[int(key[0])] for key in own}
+            assert sorted(said.values()) == sorted(own.values())
+            right = sum(said[key] == own[key] for key in own)
+            assert right == 20 if split == "test" else right < 10  # of 30, of which chance finds three
+        for key, sample in found["train", False].items():
+            assert torch.equal(sample.audio.values, found["train", True][key].audio.values)
 
     def test_absent_and_damaged(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="Free Spoken Digit Dataset"):

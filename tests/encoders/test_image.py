@@ -185,6 +185,67 @@ class TestPretrained:
             build_tower(config(pretrained="/nowhere.pth"))
 
 
+class TestConv:
+    """An EfficientNet, whose batch norms must be constants."""
+
+    NAME = "tf_efficientnet_lite0"
+
+    @pytest.fixture(scope="class")
+    def model(self):
+        torch.manual_seed(0)
+        model = timm.create_model(self.NAME, num_classes=5).train()
+        with torch.no_grad():
+            model(torch.randn(4, 3, 64, 64))  # statistics that are not those of a fresh model
+        return model.eval()
+
+    @pytest.fixture(scope="class")
+    def path(self, model, tmp_path_factory):
+        path = tmp_path_factory.mktemp("conv") / "model.pth"
+        torch.save(model.state_dict(), path)
+        return path
+
+    def made(self, **changes):
+        return config(name=self.NAME, options={}, image_size=64, **changes)
+
+    def test_features_are_timms_own_in_evaluation(self, model, path):
+        encoder = ImageEncoder(self.made(pretrained=str(path)), dim=8).train()
+        pixels = torch.randn(3, 3, 64, 64)
+        with torch.no_grad():
+            expected = model.forward_features(pixels)  # (3, 1280, 2, 2)
+        torch.testing.assert_close(encoder.tower(pixels), expected.flatten(2).transpose(1, 2))
+        assert all(p.grad is not None for p in grads_of(encoder)), "a part of the tower is unused"
+
+    def test_no_picture_sees_another_in_training(self, path):
+        encoder = ImageEncoder(self.made(pretrained=str(path), shuffle=2), dim=8).double().train()
+        items = [ImagePreprocessor(self.made(shuffle=2))(random_pixels(50, 70, seed)) for seed in range(3)]
+        together = encoder(batch_of(items))
+        assert together.shape == (3, 8)
+        alone = torch.cat([encoder(batch_of([item])) for item in items])
+        torch.testing.assert_close(together, alone, rtol=0, atol=1e-10)
+
+    def test_a_checkpoint_with_the_names_of_efficientnet_pytorch(self, model, path, tmp_path):
+        """They stand in the same order there: `_conv_stem`, `_bn0`, the blocks, `_conv_head`, `_bn1`, `_fc`."""
+        own = model.state_dict()
+        names = ["_conv_stem.weight", *(f"_blocks.{n}.x" for n in range(len(own) - 3)), "_fc.weight", "_fc.bias"]
+        torch.save(dict(zip(names, own.values(), strict=True)), tmp_path / "other.pth")
+        pixels = torch.randn(1, 3, 64, 64)
+        ours, theirs = (build_tower(self.made(pretrained=str(p)))(pixels) for p in (path, tmp_path / "other.pth"))
+        assert torch.equal(ours, theirs)
+        with pytest.raises(ConfigError, match="does not fit"):
+            build_tower(
+                self.made(pretrained=str(tmp_path / "other.pth")).model_copy(update={"name": "efficientnet_b0"})
+            )
+
+    def test_sizes(self):
+        assert image_geometry(self.made()).num_tokens == 4
+        assert image_geometry(self.made(shuffle=2)).num_tokens == 1
+        assert image_geometry(config(name=self.NAME, options={}, image_size=None)).num_tokens == 49
+        with pytest.raises(ConfigError, match="image_size 72 is not divisible by patch size 32"):
+            image_geometry(config(name=self.NAME, options={}, image_size=72))
+        with pytest.raises(ConfigError, match="stem 'conv' is for ViTs"):
+            image_geometry(self.made(stem="conv"))
+
+
 class TestOpenClip:
     @pytest.fixture(autouse=True)
     def _small_model(self, tmp_path):

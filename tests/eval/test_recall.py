@@ -20,7 +20,7 @@ from mmctx.eval import EvalContext, evaluate
 from mmctx.eval.documents import excerpt
 from mmctx.eval.intervals import wilson_interval
 from mmctx.eval.report.charts import draw_lines
-from mmctx.eval.report.pieces import Lines, Table
+from mmctx.eval.report.pieces import HeatMap, Lines, Table
 from mmctx.eval.report.sections.recall import recall_section
 from mmctx.eval.suites.recall import evaluate_recall, load_quizzes, passes, without_facts
 from mmctx.pack import PackedBatch
@@ -194,6 +194,7 @@ def test_the_report_draws_a_line_for_each_stage(context: EvalContext) -> None:
             "step": n,
             "label": f"after stage {n} <b>",
             "lengths": {length: f["all"] for length, f in found["lengths"].items()},
+            "heat": found["heat"],
         }
         for n, found in enumerate((short, full))
     ]
@@ -205,4 +206,11 @@ def test_the_report_draws_a_line_for_each_stage(context: EvalContext) -> None:
     assert svg.count("<circle") == 4
     assert "<b>" not in svg
     assert [row.cells[-1].text for row in kinds.rows] == ["yes", "yes"]
+    maps = {part.name: part for part in section.parts if isinstance(part, HeatMap)}
+    assert len(maps) == 1 + 2 * 3  # of all kinds together, and of each kind after each stage
+    # the start of the longer documents, which the shorter memory does not reach
+    near, far = (maps[f"heat picture after stage {n} <b>"].values[0][1] for n in (0, 1))
+    assert near is not None
+    assert far is not None
+    assert (near.share, far.share) == (pytest.approx(0, abs=0.15), 1.0)
     assert recall_section({}) is None

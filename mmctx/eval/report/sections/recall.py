@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from mmctx.eval.report.pieces import Cell, HeatMap, Lines, Note, Part, Row, Section, Series, Table
 from mmctx.eval.report.sections.cells import count_cell, percent, score_cell
 from mmctx.eval.suites.recall import passes
+
+_KINDS = {"needle": "Needles in text", "picture": "Values of pictures", "recall": "Pairs of words"}
 
 
 def recall_section(results: Mapping[str, Any]) -> Section | None:
@@ -20,7 +23,7 @@ def recall_section(results: Mapping[str, Any]) -> Section | None:
         _kinds(lengths),
         _heat_map("all", {n: found["depths"] for n, found in lengths.items()}),
     ]
-    parts += [_heat_map(kind, heat) for kind, heat in (results.get("heat") or {}).items()]
+    parts += _maps_of_kinds(results)
     controls = results.get("controls")
     if controls:
         alone, removed = controls["alone"], controls["removed"]
@@ -58,6 +61,21 @@ def _curves(results: Mapping[str, Any], lengths: Mapping[str, Any]) -> Lines:
         share=True,
         wide=True,
     )
+
+
+def _maps_of_kinds(results: Mapping[str, Any]) -> list[Part]:
+    """A map of each kind; of a run with stages, one after each: the edge where recall ends moves with the context trained on."""
+    stages = [stage for stage in results.get("stages") or () if stage.get("heat")]
+    if not stages:
+        return [_heat_map(kind, heat) for kind, heat in (results.get("heat") or {}).items()]
+    parts: list[Part] = []
+    for kind, name in _KINDS.items():
+        if all(kind in stage["heat"] for stage in stages):
+            parts.append(
+                Note(name=f"maps of {kind}", text=f"{name}, exact answers by length and depth after each stage, in %:")
+            )
+            parts += [replace(_heat_map(f"{kind} {s['label']}", s["heat"][kind]), label=s["label"]) for s in stages]
+    return parts
 
 
 def _heat_map(kind: str, heat: Mapping[str, Any]) -> HeatMap:
