@@ -25,7 +25,7 @@ def test_there_are_configs() -> None:
 def test_config_builds(path: Path) -> None:
     config = load_config(RunConfig, path)
     config = config.model_copy(update={"model": without_pretrained(config.model)})  # no weights of others are at hand
-    with torch.device("meta"):  # and none of our own: recipes are of full size
+    with torch.device("meta"):  # no weights: recipes are of full size
         model = build_model(config, vocab_size=1000)
     assert sum(parameter.numel() for parameter in model.parameters()) > 0
     assert set(model.objectives) == set(config.objectives)
