@@ -5,6 +5,7 @@ Shapes: V rows of an embedding, D width.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,20 +45,7 @@ def load_trunk(model: MmctxModel, folder: str | Path) -> None:
     check_agrees(config, read_shape(folder, rope_is_given=True), folder)
     family = FAMILIES[read_config(folder).model_type]
     weights = Weights(folder, family.prefix)
-    tensors = {part.ours: part.join([weights.read(name) for name in part.theirs]) for part in _parts(model, family)}
-    if family.positions is not None and config.learned_positions is not None:
-        table = weights.read(family.positions).float()
-        if family.token_types is not None:
-            table = table + weights.read(family.token_types)[0].float()
-        table = resize_positions(table, config.learned_positions, config.resize_positions)
-        tensors["trunk.positions.weight"] = table
-    known = _known_ids(folder)
-    for ours, theirs in _vocabulary(model, family).items():
-        name = next((name for name in theirs if name in weights), theirs[0])
-        tensors[ours] = _grown(weights.read(name).float(), len(model.get_parameter(ours)), known)
-    if family.heads is not None:
-        tensors |= family.heads(model, weights)
-    for name, tensor in tensors.items():
+    for name, tensor in _tensors(model, family, weights):  # one at a time: a second copy of the model may not fit
         _copy(model.get_parameter(name), tensor, name, folder)
     buffers = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")  # of older Transformers: masks and angles
     left = [name for name in weights.unread if name.startswith(family.layers) and not name.endswith(buffers)]
@@ -65,6 +53,24 @@ def load_trunk(model: MmctxModel, folder: str | Path) -> None:
         raise ConfigError(
             f"{KEY}: {folder} holds {min(left)!r}, which no {config.depth}-layer trunk of this family has; it is another model"
         )
+
+
+def _tensors(model: MmctxModel, family: Family, weights: Weights) -> Iterator[tuple[str, Tensor]]:
+    """What the folder has for the model, by our names."""
+    config = model.config.transformer
+    for part in _parts(model, family):
+        yield part.ours, part.join([weights.read(name) for name in part.theirs])
+    if family.positions is not None and config.learned_positions is not None:
+        table = weights.read(family.positions).float()
+        if family.token_types is not None:
+            table = table + weights.read(family.token_types)[0].float()
+        yield "trunk.positions.weight", resize_positions(table, config.learned_positions, config.resize_positions)
+    known = _known_ids(weights.folder)
+    for ours, theirs in _vocabulary(model, family).items():
+        name = next((name for name in theirs if name in weights), theirs[0])
+        yield ours, _grown(weights.read(name).float(), len(model.get_parameter(ours)), known)
+    if family.heads is not None:
+        yield from family.heads(model, weights).items()
 
 
 def _parts(model: MmctxModel, family: Family) -> list[Any]:
