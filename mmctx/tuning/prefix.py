@@ -42,15 +42,24 @@ class Prefix:
 
     def extend(self, layout: DocumentLayout) -> DocumentLayout:
         """The layout of documents that are longer by the prefix; made once for all layers."""
-        if "prefix" not in layout.cache:
+        if self._key not in layout.cache:
             device, count = layout.cu_seqlens.device, self.num_tokens
             longer = DocumentLayout.from_lengths([n + count for n in layout.lengths], layout.num_causal, device)
             document = torch.repeat_interleave(torch.arange(len(layout.lengths)), torch.tensor(layout.lengths))
             real = torch.arange(layout.num_tokens) + count * (document + 1)  # (T,)
             starts = torch.tensor([0, *longer.lengths[:-1]]).cumsum(dim=0)
             virtual = (starts[:, None] + torch.arange(count)).flatten()  # (N * P,)
-            layout.cache["prefix"] = longer, real.to(device), virtual.to(device)
-        return layout.cache["prefix"][0]
+            layout.cache[self._key] = longer, real.to(device), virtual.to(device)
+        return layout.cache[self._key][0]
+
+    def places(self, layout: DocumentLayout) -> tuple[Tensor, Tensor]:
+        """Where, in the longer layout, real tokens (T,) and virtual ones (N * P,) are."""
+        self.extend(layout)
+        return layout.cache[self._key][1:]
+
+    @property
+    def _key(self) -> tuple[str, int]:
+        return "prefix", self.num_tokens
 
     def before(self, cache: Any = None) -> PrefixedAttention:
         """What the trunk takes as its cache so that documents see the prefix; with a cache that is to be filled, that holds it, too."""
@@ -80,8 +89,7 @@ class PrefixedAttention:
             raise ConfigError(
                 "model.transformer.memory: a prefix stands before whole documents; tune by lora or adapter"
             )
-        longer = self._prefix.extend(layout)
-        _, real, virtual = layout.cache["prefix"]
+        longer, (real, virtual) = self._prefix.extend(layout), self._prefix.places(layout)
         learned = self._prefix.layers[layer].weight.to(k.dtype)  # (P, 2, K, d)
         q = q.new_zeros(longer.num_tokens, *q.shape[1:]).index_copy(0, real, q)
         k, v = (
