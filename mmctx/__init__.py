@@ -11,10 +11,30 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mmctx.api import build_dataset, build_model, evaluate, load_config, load_model, recall_curve, report, train
+    from mmctx.api import (
+        build_dataset,
+        build_model,
+        evaluate,
+        export,
+        load_config,
+        load_model,
+        recall_curve,
+        report,
+        train,
+    )
 
 __version__ = "0.1.0"
-__all__ = ["build_dataset", "build_model", "evaluate", "load_config", "load_model", "recall_curve", "report", "train"]
+__all__ = [
+    "build_dataset",
+    "build_model",
+    "evaluate",
+    "export",
+    "load_config",
+    "load_model",
+    "recall_curve",
+    "report",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

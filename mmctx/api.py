@@ -10,15 +10,15 @@ import torch
 
 from mmctx import config as config_module
 from mmctx import eval as evaluation
-from mmctx.datasets.assemble import RunData, build_data, build_preprocessors
+from mmctx.datasets.assemble import RunData, build_data
 from mmctx.datasets.planning.plan import Plan
 from mmctx.errors import ConfigError, DataError, MmctxError
 from mmctx.eval.report.run import is_run, read_run
 from mmctx.eval.results import add_results
-from mmctx.memory.encoders.base import Encoder, fingerprint_files
+from mmctx.memory.encoders.base import Encoder
 from mmctx.model import MmctxModel
-from mmctx.objectives import build_data_halves
 from mmctx.pack import PackedBatch
+from mmctx.pretrained.export import export as export_model
 from mmctx.train.audit import audit
 from mmctx.train.build import build_model as _build_model
 from mmctx.train.card import write_card
@@ -88,6 +88,21 @@ def evaluate(
     return results
 
 
+def export(checkpoint: str | Path, out: str | Path, to: str) -> dict[str, Any]:
+    """Writes a checkpoint's trunk and tokenizer as a folder that Transformers loads by itself. See `mmctx.pretrained.export`.
+
+    Args:
+        checkpoint: a `checkpoint-N` folder, or a run folder for its newest one.
+        out: the folder.
+        to: `llama`, `mistral`, `qwen2`, `qwen3`, `gpt2` or `bert`.
+
+    Raises:
+        ConfigError: such a model cannot say what the trunk has; each field is named.
+    """
+    model, tokenizer, config = load_model(Path(checkpoint))
+    return export_model(model, tokenizer, Path(out), to, context_length=config.data.context_length)
+
+
 def report(*runs: str | Path, out: str | Path | None = None) -> Path:
     """Writes one self-contained page about a run, or about several side by side, from what their folders hold.
 
@@ -145,27 +160,7 @@ def open_encoder(name: str, objective: str | None = None) -> Encoder:
     from mmctx.memory.encoders.checkpoint import CheckpointEncoder
 
     folder = resolve_checkpoint(Path(name))
-    opened, tokenizer, config = read_model(folder)
-    known = [own for own, settings in config.objectives.items() if settings.kind == "similarity"]
-    if not known or objective not in (None, *known):
-        wanted = f" named {objective!r}" if objective else ""
-        raise ConfigError(
-            f"{name}: an encoder needs an objective of the kind similarity{wanted}, the run has {', '.join(known) or 'none'}; train with "
-            "one, or name another encoder"
-        )
-    half: Any = build_data_halves(config.objectives, tokenizer)[objective or known[0]]
-    return CheckpointEncoder(
-        opened.to("cuda" if torch.cuda.is_available() else "cpu"),
-        tokenizer,
-        half,
-        build_preprocessors(config.model),
-        config.data,
-        name=name,
-        fingerprint=fingerprint_files(
-            [folder / "model.safetensors"], f"{tokenizer.definition}{config.model.model_dump_json()}"
-        ),
-        bf16=config.train.precision == "bf16",
-    )
+    return CheckpointEncoder.of_run(*read_model(folder), folder / "model.safetensors", name, objective)
 
 
 def _named(folders: Sequence[Path]) -> dict[str, Path]:
@@ -289,6 +284,7 @@ __all__ = [
     "build_dataset",
     "build_model",
     "evaluate",
+    "export",
     "load_config",
     "load_model",
     "open_encoder",

@@ -90,7 +90,7 @@ def estimate_work(config: ModelConfig, vocab_size: int) -> Work:
     rows = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     return Work(
         token=2 * FORWARD_AND_BACKWARD * trunk_matrices(trunk),
-        label=2 * FORWARD_AND_BACKWARD * rows * trunk.width,
+        label=2 * FORWARD_AND_BACKWARD * (rows + trunk.width * trunk.head_transform) * trunk.width,
         image=FORWARD_AND_BACKWARD * ImageEncoder.flops(image, trunk.width) if image else 0,
         audio_token=FORWARD_AND_BACKWARD * AudioEncoder.flops(audio, trunk.width) if audio else 0,
         windows=tuple(trunk.layer_window(layer) for layer in range(trunk.depth)),
@@ -103,4 +103,5 @@ def estimate_work(config: ModelConfig, vocab_size: int) -> Work:
 def trunk_matrices(config: TransformerConfig) -> int:
     """Parameters of the matrices that every token passes."""
     heads = 2 * config.num_heads + 2 * config.kv_heads  # queries and output, keys and values
-    return config.depth * config.width * (heads * config.head_width + 3 * config.mlp_width)
+    mlp = 3 if config.activation == "swiglu" else 2
+    return config.depth * config.width * (heads * config.head_width + mlp * config.mlp_width)

@@ -81,6 +81,11 @@ class Branches:
         layout: lengths of the continuations.
     """
 
+    @property
+    def prompt_length(self) -> int:
+        """P."""
+        return self._prompt
+
     def __init__(self, cache: KVCache, row: int, layout: DocumentLayout) -> None:
         self._cache, self._row, self._prompt = cache, row, cache.prompt_lengths[row]
         device = layout.cu_seqlens.device

@@ -20,6 +20,7 @@ from mmctx.errors import ConfigError
 from mmctx.kv_cache import Branches, KVCache
 from mmctx.layout import DocumentLayout
 from mmctx.objectives import AnyObjective, ComparingHalf, LossSum, Roster, build_model_halves
+from mmctx.objectives.output_head import HeadTransform, OutputHead
 from mmctx.objectives.token_loss import TokenLoss
 from mmctx.pack import PackedBatch
 from mmctx.ranges import timed
@@ -71,11 +72,10 @@ class MmctxModel(nn.Module):
         )
         self.trunk = Transformer(config.transformer)
         self.objectives = build_model_halves(objectives, width)
-        # Without an objective that predicts tokens an untied head would never get a gradient, which DDP does not allow.
-        untied = not config.transformer.tie_embeddings and any(
-            isinstance(m, TokenLoss) for m in self.objectives.values()
-        )
-        self.head = nn.Linear(width, num_rows, bias=False) if untied else None
+        # Without an objective that predicts tokens a head would never get a gradient, which DDP does not allow.
+        predicts, trunk = any(isinstance(m, TokenLoss) for m in self.objectives.values()), config.transformer
+        self.head = nn.Linear(width, num_rows, bias=False) if predicts and not trunk.tie_embeddings else None
+        self.head_transform = HeadTransform(trunk, num_rows) if predicts and trunk.head_transform else None
 
     def set_activations(self, config: ActivationsConfig) -> None:
         """What the trunk and the encoders keep for the backward pass from now on; losses and gradients stay the same."""
@@ -91,6 +91,11 @@ class MmctxModel(nn.Module):
     def head_weight(self) -> Tensor:
         """(V, D) output head."""
         return self.embedding.weight if self.head is None else self.head.weight
+
+    @property
+    def output_head(self) -> OutputHead:
+        """What makes logits of hidden states."""
+        return OutputHead(self.head_weight, self.head_transform)
 
     def embed(self, batch: PackedBatch) -> Tensor:
         """Input embeddings (T, D): text by lookup, media by their encoder, scattered into their slots."""
@@ -144,7 +149,7 @@ class MmctxModel(nn.Module):
                 if isinstance(objective, ComparingHalf):
                     embedded[name] = objective.embed_batch(hidden, batch)
                 elif not embed_only:
-                    losses[name] = objective(hidden, batch, self.head_weight)
+                    losses[name] = objective(hidden, batch, self.output_head)
         return StepOutputs(losses, embedded)
 
     def losses(self, batch: PackedBatch) -> dict[str, LossSum]:
@@ -159,7 +164,7 @@ class MmctxModel(nn.Module):
 
     def next_token_logits(self, hidden: Tensor) -> Tensor:
         """Logits (N, vocab_size) of hidden states (N, D), for generation."""
-        return hidden @ self.head_weight[: self.vocab_size].T
+        return self.output_head.logits(hidden, self.vocab_size)
 
     def prefill(self, prompts: PackedBatch, cache: KVCache) -> Tensor:
         """Reads prompts into an empty cache: the last hidden state of each, (B, D)."""

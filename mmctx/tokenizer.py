@@ -25,6 +25,15 @@ EOS = "<|endoftext|>"
 class TextTokenizer:
     """Turns text into ids and back, and knows the ids of the special tokens.
 
+    A tokenizer's own mask stays the mask, and where it has no end of text, as BERT's, its separator is that.
+
+    Attributes:
+        placeholder_ids: of media slots, by modality.
+        mask_id: what hides a token.
+        embed_id: whose state is an embedding.
+        eos_id: end of text.
+        cls_id: what BERT's documents begin with; None where the tokenizer has none.
+
     Args:
         path: folder of a Transformers fast tokenizer.
 
@@ -42,16 +51,18 @@ class TextTokenizer:
             )
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path))
         self.path = str(path)
-        ours = [*PLACEHOLDERS.values(), MASK, EMBED]
+        mask = tokenizer.mask_token or MASK
+        ours = [*PLACEHOLDERS.values(), mask, EMBED] if mask == MASK else [*PLACEHOLDERS.values(), EMBED]
         tokenizer.add_special_tokens({"additional_special_tokens": ours}, replace_extra_special_tokens=False)
         if tokenizer.eos_token is None:
-            tokenizer.add_special_tokens({"eos_token": EOS})
+            tokenizer.add_special_tokens({"eos_token": tokenizer.sep_token or EOS})
         self.hf: PreTrainedTokenizerFast = tokenizer
         ids = tokenizer.convert_tokens_to_ids
         self.placeholder_ids = {kind: int(ids(token)) for kind, token in PLACEHOLDERS.items()}  # type: ignore[arg-type]
-        self.mask_id = int(ids(MASK))  # type: ignore[arg-type]
+        self.mask_id = int(ids(mask))  # type: ignore[arg-type]
         self.embed_id = int(ids(EMBED))  # type: ignore[arg-type]
         self.eos_id = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
+        self.cls_id = None if tokenizer.cls_token is None else int(tokenizer.cls_token_id)  # type: ignore[arg-type]
 
     def __len__(self) -> int:
         """One more than the largest id: vocabularies may have holes."""
@@ -80,6 +91,18 @@ class TextTokenizer:
     def fingerprint(self) -> str:
         """Names the mapping from text to ids: token counts in an index belong to one fingerprint."""
         return hashlib.blake2b(self.definition.encode(), digest_size=8).hexdigest()
+
+    def require_cls(self, key: str) -> int:
+        """The id of the token that BERT's documents begin with, for `key`, which asks for it.
+
+        Raises:
+            ConfigError: the tokenizer has none.
+        """
+        if self.cls_id is None:
+            raise ConfigError(
+                f"{key}: cls, but the tokenizer {self.path} has no cls_token; leave the key out, or set data.tokenizer"
+            )
+        return self.cls_id
 
     def encode(self, text: str) -> np.ndarray:
         """(L,) int64 ids of `text`; special tokens written out in the text are read as plain characters."""

@@ -45,7 +45,15 @@ def test_pairs_are_those_of_the_mask(causal: bool, window: int | None) -> None:
     np.testing.assert_array_equal(count_pairs(lengths, causal, window), np.reshape(expected, lengths.shape))
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_kv_heads": None}, {"head_dim": 6, "depth": 3, "qkv_bias": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_kv_heads": None},
+        {"head_dim": 6, "depth": 3, "qkv_bias": True},
+        {"activation": "gelu", "mlp_bias": True},
+    ],
+)
 def test_trunk_matrices_are_the_modules(changes: dict[str, Any]) -> None:
     config = TransformerConfig.model_validate(GROUPED | changes)
     with torch.device("meta"):
@@ -70,7 +78,15 @@ def counted(trunk: TransformerConfig, documents: list[Document]) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_kv_heads": None, "head_dim": 6, "depth": 3}, {"tie_embeddings": False}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_kv_heads": None, "head_dim": 6, "depth": 3},
+        {"tie_embeddings": False},
+        {"activation": "gelu", "learned_positions": 40, "norm_place": "post", "head_transform": True},
+    ],
+)
 def test_a_text_model_costs_what_pytorch_counts(changes: dict[str, Any]) -> None:
     """To the last multiplication, but for one thing: unfused attention computes all pairs of a document, causal or not."""
     trunk = TransformerConfig.model_validate(GROUPED | changes)
@@ -78,7 +94,8 @@ def test_a_text_model_costs_what_pytorch_counts(changes: dict[str, Any]) -> None
     found = counted(trunk, [document("captioning", 40, True, 39), document("masked_lm", 23, False, 5)])
     matrices = 63 * work.token + 44 * work.label
     assert found == matrices + work.attention(np.array([40, 23]), causal=False).sum()
-    assert work.label == 6 * trunk.width * -(-VOCAB // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    rows = -(-VOCAB // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    assert work.label == 6 * trunk.width * (rows + trunk.width * trunk.head_transform)
 
 
 def test_causal_attention_counts_half_of_the_pairs_and_the_diagonal() -> None:

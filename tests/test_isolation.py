@@ -67,7 +67,7 @@ def test_similarity_is_that_of_separately_encoded_views(run) -> None:
     mine = [d for d in documents if d.objective == "similarity"]
     batch = pack(data, mine)  # gives positions and pairs; the states come from one document at a time
     hidden = torch.cat([model.encode(pack(data, [d])) for d in mine])
-    alone = head(hidden, batch, model.head_weight)
+    alone = head(hidden, batch, model.output_head)
     assert packed.count == alone.count > 0
     torch.testing.assert_close(packed.total, alone.total)
     compare(grads, gradients(model, alone.total))

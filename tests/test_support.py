@@ -31,6 +31,8 @@ FEATURES = {
     "train.deterministic": ["train.deterministic=true"],
     "dropout": ["model.transformer.dropout=0.1"],
     "windows": ["model.transformer.windows=[512, null]"],
+    "learned_positions": ["model.transformer.learned_positions=2048"],
+    "norm_place: post": ["model.transformer.norm_place=post"],
     "picture_positions: grid": ["model.transformer.picture_positions=grid", "model.transformer.head_dim=48"],
 }
 

@@ -133,6 +133,12 @@ class RunConfig(StrictModel):
             raise ValueError(
                 f"train.sequence_parallel={ranks} may cut a picture in two, and picture_positions: grid needs it whole; use sequence"
             )
+        positions, context = self.model.transformer.learned_positions, self.data.context_length
+        if positions is not None and context > positions:
+            raise ValueError(
+                f"data.context_length={context} is longer than model.transformer.learned_positions={positions}; lower it, or ask for more "
+                "positions (which a pretrained folder's are stretched to by model.transformer.resize_positions)"
+            )
         if self.train.audit and self.train.distribution.kind == "fsdp2":
             raise ValueError(
                 "train.audit looks at whole models, and train.distribution.kind: fsdp2 splits them; run `mmctx audit CONFIG` instead"

@@ -100,7 +100,7 @@ class Subject:
 
     def _loss(self, name: str, hidden: Tensor, batch: PackedBatch) -> Tensor:
         objective: Any = self.model.objectives[name]
-        return objective(hidden, batch, self.model.head_weight).total.float()
+        return objective(hidden, batch, self.model.output_head).total.float()
 
     def shared_losses(self, hidden: Tensor, batch: PackedBatch, documents: Collection[int]) -> dict[str, Tensor]:
         """Losses of objectives that compare documents with each other, over some of the documents only."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from mmctx.cli import audit, build, convert, data, doctor, memory, profile, runs, sweep
+from mmctx.cli import audit, build, convert, data, doctor, export, memory, profile, runs, sweep
 from mmctx.errors import MmctxError
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ for name, command in {
     "doctor": doctor.doctor,
     "audit": audit.audit,
     "profile": profile.profile,
+    "export": export.export,
     "sweep": sweep.sweep,
 }.items():
     app.command(name)(command)

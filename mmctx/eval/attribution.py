@@ -163,11 +163,11 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 def _queries_and_keys(model: MmctxModel, batch: PackedBatch, document: slice) -> tuple[list[Tensor], list[Tensor]]:
     """Rotated queries (L, H, d) and keys (L, K, d) of a document in every layer."""
-    trunk, x = model.trunk, model.embed(batch)
-    rope = trunk.rope(model.positions(batch), x.dtype)
+    trunk = model.trunk
+    x, rope = trunk.enter(model.embed(batch), model.positions(batch), batch.layout)
     queries, keys = [], []
     for block in trunk.blocks:
-        q, k, _ = block.attention.project(block.attention_norm(x), rope)  # type: ignore[operator,union-attr]
+        q, k, _ = block.project(x, rope)  # type: ignore[operator]
         queries.append(q[document])
         keys.append(k[document])
         x = block(x, rope, batch.layout)

@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmctx.config import StrictModel
+from mmctx.objectives.output_head import OutputHead
 from mmctx.objectives.roster import Roster
 from mmctx.pack import IGNORE_INDEX, Document, MediaItem, PackedBatch
 from mmctx.sample import Sample, SampleSizes
@@ -83,8 +84,8 @@ class ModelHalf(Protocol):
         """How many predictions the batch holds for this objective, from host integers alone."""
         ...
 
-    def __call__(self, hidden: Tensor, batch: PackedBatch, head: Tensor) -> LossSum:
-        """Loss of this objective's documents; hidden (T, D), head (V, D). Zero, but attached to the graph, if there are none."""
+    def __call__(self, hidden: Tensor, batch: PackedBatch, head: OutputHead) -> LossSum:
+        """Loss of this objective's documents; hidden (T, D). Zero, but attached to the graph, if there are none."""
         ...
 
 
@@ -122,7 +123,7 @@ class ComparingHalf(nn.Module, ABC):
         """See `ModelHalf`: of this batch alone."""
         return self.count_all(Roster.of(batch))
 
-    def forward(self, hidden: Tensor, batch: PackedBatch, head: Tensor) -> LossSum:
+    def forward(self, hidden: Tensor, batch: PackedBatch, head: OutputHead) -> LossSum:
         """See `ModelHalf`: of this batch alone."""
         roster = Roster.of(batch)
         return LossSum(self.compare(self.embed_batch(hidden, batch), roster), self.count_all(roster))

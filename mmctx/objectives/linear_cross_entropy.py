@@ -18,9 +18,14 @@ CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int | None = None, label_smoothing: float = 0.0
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    chunk_size: int | None = None,
+    label_smoothing: float = 0.0,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """Sum over tokens of `-log softmax(hidden @ weight.T)[label]`, a float32 (or float64) scalar.
+    """Sum over tokens of `-log softmax(hidden @ weight.T + bias)[label]`, a float32 (or float64) scalar.
 
     Rows labelled `IGNORE_INDEX` add nothing to the loss or the gradients; better not to pass them at all. Gradients are formed chunk by
     chunk in the forward pass (as in Liger Kernel and Cut Cross Entropy), so memory is one chunk of logits instead of N x V, and
@@ -33,6 +38,7 @@ def linear_cross_entropy(
         labels: (N,) int64.
         chunk_size: rows at a time; by default as many as keep `CHUNK_ELEMENTS` logits.
         label_smoothing: e, for the target `(1 - e) onehot + e / V` (Szegedy et al. 2016), as in `F.cross_entropy`.
+        bias: (V,), added to the logits in float32.
     """
     if hidden.device.type != "meta" and torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -40,7 +46,7 @@ def linear_cross_entropy(
     if hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16 and not has_fast_bf16_products():
         hidden, weight = hidden.float(), weight.float()  # faster there, and more exact
     chunk_size = chunk_size or max(1, CHUNK_ELEMENTS.get(hidden.device.type, 1 << 22) // weight.shape[0])
-    return _LinearCrossEntropy.apply(hidden, weight, labels, chunk_size, label_smoothing)  # type: ignore[no-any-return]
+    return _LinearCrossEntropy.apply(hidden, weight, bias, labels, chunk_size, label_smoothing)  # type: ignore[no-any-return]
 
 
 @lru_cache
@@ -55,12 +61,21 @@ def has_fast_bf16_products() -> bool:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int, smoothing: float) -> Tensor:
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        chunk_size: int,
+        smoothing: float,
+    ) -> Tensor:
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         precision = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         loss = torch.zeros((), dtype=precision, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=precision) if need_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=precision) if bias is not None and need_bias else None
         shape = min(chunk_size, len(hidden)), len(weight)
         # One buffer for all chunks: each new one would have to be cleared by the system.
         all_products = hidden.new_empty(shape)
@@ -73,7 +88,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             torch.mm(h, weight.T, out=products)
             if widened:
                 logits.copy_(products)
+            if bias is not None:
+                logits.add_(bias)
             loss += _sum_and_gradient(logits, labels[rows], smoothing)
+            if grad_bias is not None:
+                grad_bias += logits.sum(dim=0)
             if widened:
                 products.copy_(logits)
             if grad_hidden is not None:
@@ -82,23 +101,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_weight += products.T @ h
             elif grad_weight is not None:
                 torch.addmm(grad_weight, products.T, h, out=grad_weight)  # unlike addmm_, PyTorch counts its FLOPs
-        ctx.gradients, ctx.weight_dtype = (grad_hidden, grad_weight), weight.dtype
+        ctx.gradients, ctx.weight_dtype = (grad_hidden, grad_weight, grad_bias), weight.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (upstream,) = grad_outputs
         if ctx.gradients is None:
             raise RuntimeError(
                 "linear_cross_entropy has handed its gradients out: compute the loss anew for a second backward pass"
             )
-        grad_hidden, grad_weight = ctx.gradients
+        grad_hidden, grad_weight, grad_bias = ctx.gradients
         ctx.gradients = None
         if grad_hidden is not None:
             grad_hidden.mul_(upstream.expand(1))  # a (1,) factor is not rounded to bf16
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(upstream).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None
+        if grad_bias is not None:
+            grad_bias = grad_bias.mul_(upstream).to(ctx.bias_dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
 def _sum_and_gradient(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:

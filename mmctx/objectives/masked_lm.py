@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from mmctx.config import StrictModel
-from mmctx.objectives.base import lay_out, text_column, text_of, token_counts
+from mmctx.objectives.base import ids, lay_out, text_column, text_of, token_counts
 from mmctx.objectives.corruption import Spans, choose_spans
 from mmctx.objectives.token_loss import TokenObjectiveConfig
 from mmctx.pack import IGNORE_INDEX, Document
@@ -58,6 +58,8 @@ class MaskedLMConfig(TokenObjectiveConfig):
     """What a plain sample's text is read beside. An interleaved document keeps all its media."""
     text: int = Field(default=0, ge=0)
     """Which of the source's `texts` is masked."""
+    marks: Literal["none", "cls"] = "none"
+    """`cls` puts the tokenizer's `[CLS]` before a document and its end of text (`[SEP]`) behind, as BERT's weights know texts."""
 
     @model_validator(mode="after")
     def _check(self) -> MaskedLMConfig:
@@ -85,10 +87,13 @@ class MaskedLM:
         self.causal = config.attention == "causal"
         before = self.causal if config.predict_from is None else config.predict_from == "before"
         self.ahead = int(before)
+        self._marks: tuple[np.ndarray, ...] = ()
+        if config.marks == "cls":
+            self._marks = ids(tokenizer.require_cls(f"objectives.{name}.marks")), ids(tokenizer.eos_id)
 
     def room(self, context_length: int) -> int:
         """See `DataHalf`."""
-        return context_length - 1
+        return context_length - 1 - len(self._marks)
 
     def lengths(self, sizes: SampleSizes) -> np.ndarray:
         """(n, 1)."""
@@ -97,7 +102,8 @@ class MaskedLM:
         ]
         plain = token_counts(text_column(sizes, self.config.text), media)
         whole = token_counts(sizes.text_tokens[:, 0], sizes.image_tokens + sizes.audio_tokens)
-        return np.where(sizes.interleaved, whole, plain)[:, None]
+        lengths = np.where(sizes.interleaved, whole, plain)
+        return (lengths + len(self._marks) * (lengths > 0))[:, None]
 
     def labels(self, sizes: SampleSizes) -> np.ndarray:
         """(n,): the masked share of the text, one at least."""
@@ -119,7 +125,8 @@ class MaskedLM:
             segments = [part for part in (beside, text) if part is not None] if text is not None else []
         if not any(isinstance(part, np.ndarray) and len(part) for part in segments):
             return []
-        clean, media = lay_out(segments, self.tokenizer.placeholder_ids)
+        marked = [*self._marks[:1], *segments, *self._marks[1:]]
+        clean, media = lay_out(marked, self.tokenizer.placeholder_ids)
         input_ids, labels = self._mask(clean, rng, step)
         return [Document(self.name, input_ids, labels, causal=self.causal, media=media, key=sample.key)]
 

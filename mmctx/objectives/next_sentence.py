@@ -1,10 +1,12 @@
 """Next sentence prediction: do two spans follow each other? `-sum y log p + (1 - y) log(1 - p)`, p = sigmoid(w . h + b).
 
-One bidirectional document holds both, `span a <eos> span b <embed>`, and h is the state of its embedding token. In BERT (Devlin et al.
-2019) the other half of the pairs has a second span of another document. A data half sees one sample at a time (a step must stay a pure
-function of its number), so here it comes from the same document: from a `distant` place, which is harder, because the topic does not give
-it away; or it is the same pair `swapped`, the sentence order prediction of ALBERT (Lan et al. 2020). Both spans have the same length,
-known from the text's: nothing but what they say tells the classes apart.
+One bidirectional document holds both, `span a <eos> span b <embed>`, and h is the state of its embedding token. With `marks: cls` it is
+`[CLS] span a [SEP] span b [SEP]` and h = tanh(V s + c), s the state of the first token: how BERT's weights know pairs.
+
+In BERT (Devlin et al. 2019) the other half of the pairs has a second span of another document. A data half sees one sample at a time (a
+step must stay a pure function of its number), so here it comes from the same document: from a `distant` place, which is harder, because the
+topic does not give it away; or it is the same pair `swapped`, the sentence order prediction of ALBERT (Lan et al. 2020). Both spans have
+the same length, known from the text's: nothing but what they say tells the classes apart.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from mmctx.objectives.base import LossSum, ObjectiveConfig, ids
 from mmctx.objectives.neighbours import text_lengths, whole_text
+from mmctx.objectives.output_head import OutputHead
 from mmctx.pack import IGNORE_INDEX, Document, PackedBatch
 from mmctx.sample import Sample, SampleSizes
 from mmctx.tokenizer import TextTokenizer
@@ -33,6 +36,8 @@ class NextSentenceConfig(ObjectiveConfig):
     the wrong order. One half of the pairs, drawn anew each epoch."""
     span_tokens: int | None = Field(default=None, ge=1)
     """Longest span; null takes a third of the text (`distant`), or a half (`swapped`)."""
+    marks: Literal["embed", "cls"] = "embed"
+    """What stands around the spans, and which state is read."""
     text: int = Field(default=0, ge=0)
     """Which of the source's `texts` the spans are taken from; a document of texts alone is taken as a whole."""
 
@@ -46,15 +51,17 @@ class NextSentence:
     def __init__(self, name: str, config: NextSentenceConfig, tokenizer: TextTokenizer) -> None:
         self.name, self.config, self.tokenizer = name, config, tokenizer
         self._share = {"distant": 3, "swapped": 2}[config.negatives]
+        self._cls = tokenizer.require_cls(f"objectives.{name}.marks") if config.marks == "cls" else None
+        self._num_marks = 2 if self._cls is None else 3
 
     def room(self, context_length: int) -> int:
         """See `DataHalf`."""
-        return context_length - 2
+        return context_length - self._num_marks
 
     def lengths(self, sizes: SampleSizes) -> np.ndarray:
-        """(n, 1): two spans, the token between them and the one behind; 0 where the text is too short."""
+        """(n, 1): two spans and the tokens around them; 0 where the text is too short."""
         span = self._span(text_lengths(sizes, self.config.text))
-        return np.where(span > 0, 2 * span + 2, 0)[:, None]
+        return np.where(span > 0, 2 * span + self._num_marks, 0)[:, None]
 
     def _span(self, length):
         """Tokens of each span of a text, an integer or an array."""
@@ -78,9 +85,13 @@ class NextSentence:
         follows = int(rng.integers(2))
         first, second = self._places(len(text), span, bool(follows), rng)
         a, b = text[first : first + span], text[second : second + span]
-        input_ids = np.concatenate([a, ids(self.tokenizer.eos_id), b, ids(self.tokenizer.embed_id)])
+        between = ids(self.tokenizer.eos_id)
+        if self._cls is None:
+            input_ids, place = np.concatenate([a, between, b, ids(self.tokenizer.embed_id)]), -1
+        else:
+            input_ids, place = np.concatenate([ids(self._cls), a, between, b, between]), 0
         labels = np.full_like(input_ids, IGNORE_INDEX)
-        labels[-1] = follows
+        labels[place] = follows
         return [Document(self.name, input_ids, labels, causal=False, key=sample.key)]
 
     def _places(self, length: int, span: int, follows: bool, rng: np.random.Generator) -> tuple[int, int]:
@@ -94,16 +105,18 @@ class NextSentence:
 
 
 class NextSentenceLoss(nn.Module):
-    """Model half: a linear probe of the embedding token's state."""
+    """Model half: a linear probe of the embedding token's state, behind BERT's pooler with `marks: cls`."""
 
     def __init__(self, name: str, config: NextSentenceConfig, width: int) -> None:
         super().__init__()
         self.name = name
+        self.pooler = nn.Linear(width, width) if config.marks == "cls" else None
         self.probe = nn.Linear(width, 1)
 
     def scores(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
         """(P,) log-odds that the second span follows, in float32 at least, of the documents in the order of their labels."""
         states = hidden.index_select(0, batch.label_positions[self.name])  # (P, D)
+        states = states if self.pooler is None else self.pooler(states).tanh()
         scores = self.probe(states)[:, 0]
         return scores if scores.dtype == torch.float64 else scores.float()
 
@@ -111,7 +124,7 @@ class NextSentenceLoss(nn.Module):
         """Documents."""
         return len(batch.label_positions.get(self.name, ()))
 
-    def forward(self, hidden: Tensor, batch: PackedBatch, head: Tensor) -> LossSum:
+    def forward(self, hidden: Tensor, batch: PackedBatch, head: OutputHead) -> LossSum:
         """See `ModelHalf`."""
         positions = batch.label_positions.get(self.name)
         if positions is None:

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmctx.objectives.base import LossSum, ObjectiveConfig
-from mmctx.objectives.linear_cross_entropy import linear_cross_entropy
+from mmctx.objectives.output_head import OutputHead
 from mmctx.pack import PackedBatch
 
 
@@ -32,12 +32,11 @@ class TokenLoss(nn.Module):
         """Labelled positions."""
         return len(batch.label_positions.get(self.name, ()))
 
-    def forward(self, hidden: Tensor, batch: PackedBatch, head: Tensor) -> LossSum:
+    def forward(self, hidden: Tensor, batch: PackedBatch, head: OutputHead) -> LossSum:
         """See `ModelHalf`."""
         positions = batch.label_positions.get(self.name)
         if positions is None:
-            return LossSum((hidden * 0).sum() + (head * 0).sum(), 0)
+            return LossSum((hidden * 0).sum() + head.nothing(), 0)
         labels, states = batch.labels.index_select(0, positions), hidden.index_select(0, positions)  # (K,), (K, D)
         smoothing = self.label_smoothing if self.training else 0.0
-        loss = linear_cross_entropy(states, head, labels, label_smoothing=smoothing)
-        return LossSum(loss, self.count(batch))
+        return LossSum(head.cross_entropy(states, labels, smoothing), self.count(batch))

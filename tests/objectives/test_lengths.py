@@ -35,14 +35,28 @@ CONFIGS = {
     "similarity of short spans": SimilarityConfig(pairs=(("span0", "span1"),), span_tokens=2, pooling="mean"),
     "next_sentence": NextSentenceConfig(),
     "next_sentence swapped": NextSentenceConfig(negatives="swapped", span_tokens=3),
+    "masked_lm as BERT": MaskedLMConfig(marks="cls", context="image"),
+    "next_sentence as BERT": NextSentenceConfig(marks="cls"),
     "denoising": DenoisingConfig(delete=0.3, mask=0.3, pieces=3, context="image"),
     "denoising in spans": DenoisingConfig(delete=0, mask=0.5, span=2, text=1),
 }
 
 
 @pytest.fixture(scope="module")
-def tokenizer(corpus: Path) -> TextTokenizer:
-    return TextTokenizer(corpus / "tokenizer")
+def tokenizer(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
+    """With a token for `marks: cls`."""
+    from transformers import PreTrainedTokenizerFast
+
+    folder = str(tmp_path_factory.mktemp("tokenizer"))
+    PreTrainedTokenizerFast.from_pretrained(str(corpus / "tokenizer"), cls_token="[CLS]").save_pretrained(folder)
+    return TextTokenizer(folder)
+
+
+def test_marks_want_a_tokenizer_that_has_them(corpus: Path) -> None:
+    plain = TextTokenizer(corpus / "tokenizer")
+    for config in (MaskedLMConfig(marks="cls"), NextSentenceConfig(marks="cls")):
+        with pytest.raises(ConfigError, match=r"objectives\.x\.marks: cls, but the tokenizer .* has no cls_token"):
+            build_data_halves({"x": config}, plain)
 
 
 def media_item(kind: str, num_tokens: int) -> MediaItem:

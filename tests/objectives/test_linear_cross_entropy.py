@@ -19,23 +19,28 @@ def problem(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     return hidden, weight, labels
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
+@pytest.mark.parametrize(("smoothing", "biased"), [(0.0, False), (0.1, False), (0.9, False), (0.0, True), (0.1, True)])
 @pytest.mark.parametrize("chunk_size", [1, 8, 37, 100])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
 )
-def test_equals_cross_entropy(dtype: torch.dtype, tolerance: float, chunk_size: int, smoothing: float) -> None:
+def test_equals_cross_entropy(
+    dtype: torch.dtype, tolerance: float, chunk_size: int, smoothing: float, biased: bool
+) -> None:
     hidden, weight, labels = problem(dtype)
+    bias = torch.randn(101).to(dtype).requires_grad_() if biased else None
     # multiplies in bf16 on any processor
-    got = _LinearCrossEntropy.apply(hidden, weight, labels, chunk_size, smoothing)
+    got = _LinearCrossEntropy.apply(hidden, weight, bias, labels, chunk_size, smoothing)
     logits = hidden @ weight.T
     logits = logits if dtype == torch.float64 else logits.float()
+    logits = logits if bias is None else logits + bias
     options = {"ignore_index": IGNORE_INDEX, "reduction": "sum", "label_smoothing": smoothing}
     want = F.cross_entropy(logits, labels, **options)
     # the value is exact in every dtype: both sum the same logits in fp32
     torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
-    got_grads = torch.autograd.grad(got * 0.7, (hidden, weight))
-    want_grads = torch.autograd.grad(want * 0.7, (hidden, weight))
+    learned = [hidden, weight] if bias is None else [hidden, weight, bias]
+    got_grads = torch.autograd.grad(got * 0.7, learned)
+    want_grads = torch.autograd.grad(want * 0.7, learned)
     for ours, theirs in zip(got_grads, want_grads, strict=True):
         assert ours.dtype == dtype
         scale = theirs.abs().max()

@@ -34,6 +34,17 @@ MODELS: dict[str, dict[str, Any]] = {
         "head_dim": 4,
         "dropout": 0.1,
     },
+    "as BERT": {
+        "learned_positions": 128,
+        "embedding_norm": True,
+        "norm": "layer",
+        "norm_place": "post",
+        "activation": "gelu",
+        "mlp_bias": True,
+        "qkv_bias": True,
+        "out_bias": True,
+        "head_transform": True,
+    },
 }
 """Changes of the tiny trunk, by name. With 3 key heads neither 2 nor 4 ranks divide them, nor they the ranks."""
 

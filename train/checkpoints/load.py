@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -47,10 +48,11 @@ def read_model(checkpoint: Path) -> tuple[MmctxModel, TextTokenizer, RunConfig]:
 
 
 def without_pretrained(config: ModelConfig) -> ModelConfig:
-    """The same shape with fresh encoder weights: a checkpoint brings its own, so nothing needs downloading."""
-    if config.image is None:
-        return config
-    return config.model_copy(update={"image": config.image.model_copy(update={"pretrained": False})})
+    """The same shape with fresh weights: a checkpoint brings its own, so no folder is read and nothing needs downloading."""
+    fresh: dict[str, Any] = {"transformer": config.transformer.model_copy(update={"pretrained": None})}
+    if config.image is not None:
+        fresh["image"] = config.image.model_copy(update={"pretrained": False})
+    return config.model_copy(update=fresh)
 
 
 def load_weights(model: nn.Module, checkpoint: Path) -> None:
