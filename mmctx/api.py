@@ -10,14 +10,13 @@ import torch
 
 from mmctx import config as config_module
 from mmctx import eval as evaluation
-from mmctx.datasets.assemble import RunData, build_data, build_preprocessors
+from mmctx.datasets.assemble import RunData, build_data
 from mmctx.datasets.planning.plan import Plan
 from mmctx.errors import ConfigError, DataError, MmctxError
 from mmctx.eval.report.run import is_run, read_run
 from mmctx.eval.results import add_results
-from mmctx.memory.encoders.base import Encoder, fingerprint_files
+from mmctx.memory.encoders.base import Encoder
 from mmctx.model import MmctxModel
-from mmctx.objectives import build_data_halves
 from mmctx.pack import PackedBatch
 from mmctx.pretrained.export import export as export_model
 from mmctx.train.audit import audit
@@ -184,27 +183,7 @@ def open_encoder(name: str, objective: str | None = None) -> Encoder:
     from mmctx.memory.encoders.checkpoint import CheckpointEncoder
 
     folder = resolve_checkpoint(Path(name))
-    opened, tokenizer, config = read_model(folder)
-    known = [own for own, settings in config.objectives.items() if settings.kind == "similarity"]
-    if not known or objective not in (None, *known):
-        wanted = f" named {objective!r}" if objective else ""
-        raise ConfigError(
-            f"{name}: an encoder needs an objective of the kind similarity{wanted}, the run has {', '.join(known) or 'none'}; train with "
-            "one, or name another encoder"
-        )
-    half: Any = build_data_halves(config.objectives, tokenizer)[objective or known[0]]
-    return CheckpointEncoder(
-        opened.to("cuda" if torch.cuda.is_available() else "cpu"),
-        tokenizer,
-        half,
-        build_preprocessors(config.model),
-        config.data,
-        name=name,
-        fingerprint=fingerprint_files(
-            [folder / "model.safetensors"], f"{tokenizer.definition}{config.model.model_dump_json()}"
-        ),
-        bf16=config.train.precision == "bf16",
-    )
+    return CheckpointEncoder.of_run(*read_model(folder), folder / "model.safetensors", name, objective)
 
 
 def _named(folders: Sequence[Path]) -> dict[str, Path]:

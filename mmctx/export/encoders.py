@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from mmctx.encoders.audio_front_end import AudioPreprocessor
+from mmctx.encoders.image_geometry import ImageGeometry
 from mmctx.errors import ConfigError, MmctxError
 from mmctx.export.graphs import Embedding, PictureEncoder, SoundEncoder
 from mmctx.model import MmctxModel
@@ -161,10 +162,10 @@ def _parts(
 
 def _pictures(model: MmctxModel, size: tuple[int, int] | None) -> tuple[Tensor, int]:
     """(3, 3, H, W) random pictures, and the columns of their grid."""
-    geometry = model.encoders["image"].geometry  # type: ignore[union-attr]
+    geometry: ImageGeometry = model.encoders["image"].geometry  # type: ignore[assignment]
     if not geometry.dynamic:
         size = (geometry.image_size, geometry.image_size)
-    elif size is None:
+    if size is None:
         raise ConfigError(
             "pictures keep their shape (model.image.max_patches): say which height and width the graph is for"
         )

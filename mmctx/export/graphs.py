@@ -85,7 +85,7 @@ class Embedding(nn.Module):
         batch, length = x.shape[:2]
         positions = torch.arange(length, device=x.device)
         if self.media is not None and self.columns is not None:
-            shown = positions[: length - len(self.ending)]
+            shown = positions[: length - ending.shape[-2]]
             positions = grid_positions(positions, shown, shown, self.columns)
         positions = positions.repeat(batch, *[1] * (positions.ndim - 1))
         nothing = DocumentLayout(cu_seqlens=positions.new_zeros(1), lengths=(), num_causal=0)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from mmctx.datasets.assemble import build_preprocessors
 from mmctx.datasets.decode import decode_audio, decode_image
-from mmctx.errors import SampleError
+from mmctx.errors import ConfigError, SampleError
 from mmctx.eval.documents import grouped
 from mmctx.eval.views import embed_with
+from mmctx.memory.encoders.base import fingerprint_files
 from mmctx.memory.entries import KINDS, Kind
 from mmctx.memory.provenance import Provenance
+from mmctx.objectives import build_data_halves
 from mmctx.pack import Document, MediaItem
 from mmctx.sample import Sample
 
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
     from mmctx.model import MmctxModel
     from mmctx.objectives.similarity import Similarity
     from mmctx.tokenizer import TextTokenizer
+    from mmctx.train.config import RunConfig
 
 
 class CheckpointEncoder:
@@ -59,6 +64,49 @@ class CheckpointEncoder:
         head: Any = model.objectives[half.name]
         about = f"{fingerprint}-{half.name}"
         self.provenance = Provenance(name, about, head.projection.out_features, kinds, head=half.name)
+
+    @classmethod
+    def of_run(
+        cls,
+        model: MmctxModel,
+        tokenizer: TextTokenizer,
+        config: RunConfig,
+        weights: Path,
+        name: str,
+        objective: str | None = None,
+    ) -> CheckpointEncoder:
+        """The encoder of a checkpoint, on the GPU if there is one.
+
+        Args:
+            model: its own, in evaluation mode.
+            tokenizer: its own.
+            config: of its run.
+            weights: the file that holds them, for the fingerprint.
+            name: how the checkpoint was named.
+            objective: of the kind `similarity`; the run's first by default.
+
+        Raises:
+            ConfigError: the run has no such objective.
+        """
+        known = [own for own, settings in config.objectives.items() if settings.kind == "similarity"]
+        if not known or objective not in (None, *known):
+            wanted = f" named {objective!r}" if objective else ""
+            raise ConfigError(
+                f"{name}: an encoder needs an objective of the kind similarity{wanted}, the run has {', '.join(known) or 'none'}; train "
+                "with one, or name another encoder"
+            )
+        half: Any = build_data_halves(config.objectives, tokenizer)[objective or known[0]]
+        about = f"{tokenizer.definition}{config.model.model_dump_json()}"
+        return cls(
+            model.to("cuda" if torch.cuda.is_available() else "cpu"),
+            tokenizer,
+            half,
+            build_preprocessors(config.model),
+            config.data,
+            name=name,
+            fingerprint=fingerprint_files([weights], about),
+            bf16=config.train.precision == "bf16",
+        )
 
     def prepare(self, kind: Kind, value: str | bytes) -> tuple[Kind, Any]:
         """See `Encoder`."""
