@@ -161,11 +161,6 @@ def _results(results: Mapping[str, Mapping[str, float]], config: RunConfig, name
 def _limits(config: RunConfig, state: TrainerState, results: Mapping[str, Any]) -> str:
     known = [
         f"It was trained on documents of up to {config.data.context_length:,} tokens; longer ones were no part of the training.",
-        *(
-            []
-            if "instruction" in {o.kind for o in config.objectives.values()}
-            else ["It was not trained to follow instructions."]
-        ),
         *([] if results else ["It has not been evaluated at this step."]),
         "Neither bias nor safety was measured.",
     ]
