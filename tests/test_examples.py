@@ -181,6 +181,9 @@ def test_sentiment_at_toy_size(sdist: Path, tmp_path: Path) -> None:
     ]
     found = compare["baselines"](base)
     assert found["bag of characters"]["accuracy"] == 1.0  # one character tells
+    for folder in runs:
+        mmctx.evaluate(folder, suites=["classification"])
+    assert compare["of_run"](runs[1])["n"] > 0
     tuned = compare["of_run"](runs[0])
     assert tuned["n"] == found["the commoner mood"]["n"] == sum(1 for _ in samples(base / "heldout"))
     assert tuned["accuracy"] > found["the commoner mood"]["accuracy"]
