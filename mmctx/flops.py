@@ -69,6 +69,7 @@ class Work:
             causal: which way they attend.
             start: tokens of the stream before a piece: layers with a window look back beyond it.
         """
+        lengths = np.asarray(lengths, np.int64)
         pairs = np.zeros_like(lengths)
         for window in set(self.windows):
             before = start if window is not None else 0
