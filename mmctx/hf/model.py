@@ -71,8 +71,10 @@ class MmctxForConditionalGeneration(FeaturesMixin, VocabularyMixin, PreTrainedMo
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        image_sizes: Tensor | None = None,
         input_features: Tensor | None = None,
         input_features_mask: Tensor | None = None,
+        input_features_tokens: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         cache: Any = None,
@@ -91,8 +93,9 @@ class MmctxForConditionalGeneration(FeaturesMixin, VocabularyMixin, PreTrainedMo
             position_ids: (B, L); counted from the mask by default.
             past_key_values, cache: a Transformers cache, filled in place. See `joined` for both.
             inputs_embeds: (B, L, D), media included.
-            pixel_values: (I, 3, S, S) uint8, pictures of all rows in reading order.
-            input_features: (I, F, M) log-mel frames of all clips in reading order, `input_features_mask` (I, F) 0 behind a clip's end.
+            pixel_values: (I, 3, H, W) uint8, pictures of all rows in reading order; `image_sizes` (I, 2) where they differ.
+            input_features: (I, F, M) frames of all clips in reading order, `input_features_mask` (I, F) 0 behind a clip's end,
+                `input_features_tokens` (I,) embeddings that each becomes.
             labels: (B, L) ids, `IGNORE_INDEX` for what is not predicted, media never are; the loss is the mean over the rest, or their sum
                 divided by `num_items_in_batch`.
             use_cache: start a cache, if none is given.
@@ -120,8 +123,10 @@ class MmctxForConditionalGeneration(FeaturesMixin, VocabularyMixin, PreTrainedMo
         if input_ids is not None and not (rows.past and pixel_values is None and input_features is None):
             inputs = {
                 "pixel_values": pixel_values,
+                "image_sizes": image_sizes,
                 "input_features": input_features,
                 "input_features_mask": input_features_mask,
+                "input_features_tokens": input_features_tokens,
             }
             media = media_batches(ids, self.placeholder_ids, dict(native.encoders.items()), inputs)
         batch = rows.batch(ids, media, is_causal)
@@ -183,7 +188,7 @@ class MmctxForConditionalGeneration(FeaturesMixin, VocabularyMixin, PreTrainedMo
         **model_kwargs: Any,
     ) -> tuple[Any, dict[str, Any]]:
         """Beams and several answers: rows are repeated, and with each its own items, of which it may have any number."""
-        media = {name: model_kwargs.pop(name, None) for name in MEDIA_INPUTS}
+        media = {name: model_kwargs.pop(name, None) for names in MEDIA_INPUTS.values() for name in names}
         if input_ids is not None and expand_size > 1:
             media = self._repeat_media(input_ids, media, expand_size)
         expand: Any = super()._expand_inputs_for_generation  # type: ignore[reportAttributeAccessIssue]
@@ -195,7 +200,7 @@ class MmctxForConditionalGeneration(FeaturesMixin, VocabularyMixin, PreTrainedMo
     def _repeat_media(self, input_ids: Tensor, media: dict[str, Any], times: int) -> dict[str, Any]:
         batches = media_batches(input_ids.flatten(), self.placeholder_ids, dict(self.native.encoders.items()), media)
         found = dict(media)
-        for kind, names in {"image": MEDIA_INPUTS[:1], "audio": MEDIA_INPUTS[1:]}.items():
+        for kind, names in MEDIA_INPUTS.items():
             if kind not in batches:
                 continue
             slots = (input_ids == self.placeholder_ids[kind]).sum(dim=1).tolist()

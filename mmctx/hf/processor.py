@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import BatchFeature, ProcessorMixin
 
-from mmctx.encoders.audio import AudioPreprocessor
+from mmctx.encoders.audio_front_end import AudioPreprocessor
 from mmctx.encoders.image import ImagePreprocessor
 from mmctx.errors import DataError
 from mmctx.hf.config import MmctxConfig
@@ -95,7 +95,7 @@ class MmctxProcessor(ProcessorMixin):
                 they are plain characters.
 
         Returns:
-            input_ids (B, L), attention_mask (B, L), pixel_values (I, 3, S, S) uint8, input_features (I, F, M), input_features_mask (I, F).
+            input_ids (B, L), attention_mask (B, L), and see `media_inputs`.
 
         Raises:
             DataError: media and their marks are not equally many, or the model has no encoder for them, or something cannot be decoded.
