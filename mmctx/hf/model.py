@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -249,13 +250,22 @@ class MmctxForConditionalGeneration(FeaturesMixin, VocabularyMixin, PreTrainedMo
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """From any checkpoint folder; see `PreTrainedModel.from_pretrained`."""
+        """From any checkpoint folder; see `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ConfigError: the checkpoint is of a tuning, whose adapters would go missing.
+        """
+        adapter = Path(pretrained_model_name_or_path or "") / "adapter"
+        if (adapter / "adapter_config.json").is_file():
+            raise ConfigError(
+                f"{adapter.parent}: was tuned by train.tune, and what was added would go missing; `mmctx merge {adapter.parent} OUT` makes "
+                f"a plain model of LoRA and AdaLoRA, or put {adapter} onto its base by peft's PeftModel.from_pretrained"
+            )
         found = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = found[0] if isinstance(found, tuple) else found
+        # checkpoints of earlier versions say nothing of generation
         for name, value in generation_defaults(model.config.special_tokens).items():
-            if (
-                getattr(model.generation_config, name) is None
-            ):  # checkpoints of earlier versions say nothing of generation
+            if getattr(model.generation_config, name) is None:
                 setattr(model.generation_config, name, value)
         return found
 
