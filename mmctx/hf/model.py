@@ -18,6 +18,7 @@ from transformers.utils.generic import can_return_tuple
 
 from mmctx.activations import ActivationsConfig
 from mmctx.errors import ConfigError
+from mmctx.hf.build import build_encoders, build_native
 from mmctx.hf.cache import PaddedCache, joined
 from mmctx.hf.config import MmctxConfig
 from mmctx.hf.features import FeaturesMixin
@@ -25,7 +26,7 @@ from mmctx.hf.head import next_token_logits, sum_of_losses
 from mmctx.hf.inputs import MEDIA_INPUTS, Rows, items_by_row, media_batches
 from mmctx.hf.resize import VocabularyMixin
 from mmctx.hf_files import generation_defaults
-from mmctx.model import ENCODERS, MmctxModel
+from mmctx.model import MmctxModel
 from mmctx.pack import IGNORE_INDEX, MODALITIES
 
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -49,7 +50,7 @@ class MmctxForConditionalGeneration(FeaturesMixin, VocabularyMixin, PreTrainedMo
 
     def __init__(self, config: MmctxConfig) -> None:
         super().__init__(config)
-        native = _build(config)
+        native = build_native(config)
         self._modules, self._parameters, self._buffers = native._modules, native._parameters, native._buffers
         self.__dict__["_of_native"] = native.__dict__
         self._no_split_modules = ["Block", *{type(encoder).__name__ for encoder in native.encoders.values()}]
@@ -233,8 +234,8 @@ class MmctxForConditionalGeneration(FeaturesMixin, VocabularyMixin, PreTrainedMo
         encoders, and fresh weights for parameters that it lacks."""
         missing = self.__dict__.pop("_missing", set())
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-            fresh = _build(self.config) if missing else None
-            encoders = fresh.encoders if fresh is not None else _build_encoders(self.config)
+            fresh = build_native(self.config) if missing else None
+            encoders = fresh.encoders if fresh is not None else build_encoders(self.config)
         found = {f"encoders.{name}": value for name, value in encoders.named_buffers()}
         found |= (
             {name: value for name, value in fresh.named_parameters() if name in missing} if fresh is not None else {}
@@ -272,25 +273,6 @@ class MmctxForConditionalGeneration(FeaturesMixin, VocabularyMixin, PreTrainedMo
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
         """See `MmctxConfig.register_for_auto_class`."""
-
-
-def _build(config: MmctxConfig) -> MmctxModel:
-    from mmctx.train.checkpoints.load import without_pretrained
-
-    return MmctxModel(without_pretrained(config.shape), config.objective_configs, config.vocab_size)
-
-
-def _build_encoders(config: MmctxConfig) -> nn.ModuleDict:
-    from mmctx.train.checkpoints.load import without_pretrained
-
-    shape = without_pretrained(config.shape)
-    return nn.ModuleDict(
-        {
-            kind: build(part, shape.transformer.width)
-            for kind, build in ENCODERS.items()
-            if (part := getattr(shape, kind)) is not None
-        }
-    )
 
 
 @contextmanager

@@ -205,11 +205,11 @@ def test_heads_are_tied_or_not(checkpoint: Path, untied: Path) -> None:
         assert moved == ([5] if tied else [])
 
 
-def test_adapters_do_not_go_missing(make: Callable[..., Path], tmp_path: Path) -> None:
+def test_adapters_do_not_go_missing(make: Callable[..., Path], checkpoint: Path, tmp_path: Path) -> None:
     from mmctx.errors import ConfigError
     from mmctx.train.merge import merge_checkpoint
 
-    tuned = make(train={"num_threads": 1, "tune": {"kind": "lora", "rank": 4}})
+    tuned = make(train={"num_threads": 1, "init": str(checkpoint), "tune": {"kind": "lora", "rank": 4}})
     with pytest.raises(ConfigError, match="mmctx merge"):
         AutoModelForCausalLM.from_pretrained(tuned)
     merge_checkpoint(tuned, tmp_path / "merged")
