@@ -100,6 +100,7 @@ UNSEEN: dict[str, Callable[[PackedBatch], PackedBatch]] = {
     "left_out": lambda batch: replace(batch, left_out=(Skip(source="", shard="", key="", reason="", detail=""),)),
     "num_samples": lambda batch: replace(batch, num_samples=7),
     "label_positions": lambda batch: replace(batch, label_positions={}),  # they follow from the labels
+    "stream_start": lambda batch: replace(batch, stream_start=7),  # it follows from the positions
 }
 
 
@@ -120,7 +121,10 @@ def test_what_only_people_read_does_not(name: str) -> None:
 
 def test_no_field_of_a_batch_is_forgotten_here() -> None:
     tried = {name.partition(":")[0] for name in (*SEEN, *UNSEEN)} - {"type of values"}
-    assert tried == {field.name for field in fields(PackedBatch)} - {"lent"}  # only parts of batches have it
+    assert tried == {field.name for field in fields(PackedBatch)} - {
+        "lent",
+        "lane",
+    }  # of parts of batches, and of who trains
     of_media = {name.removeprefix("media: ").removesuffix(" of image") for name in SEEN if name.endswith("of image")}
     assert of_media - {"shape of values"} == {field.name for field in fields(MediaBatch)} - {"exchange"}
 

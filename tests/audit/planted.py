@@ -18,6 +18,7 @@ from mmctx.model import MmctxModel
 from mmctx.objectives import LossSum
 from mmctx.objectives.contrastive import SimilarityLoss
 from mmctx.objectives.linear_cross_entropy import linear_cross_entropy
+from mmctx.objectives.output_head import OutputHead
 from mmctx.objectives.token_loss import TokenLoss
 from mmctx.pack import IGNORE_INDEX, PackedBatch
 
@@ -126,14 +127,14 @@ class PoolsOffByOne(SimilarityLoss):
 class LossOverNeighbour(SimilarityLoss):
     """Its embeddings are right, its loss mixes the batch's mean into each."""
 
-    def forward(self, hidden: Tensor, batch: PackedBatch, head: Tensor) -> LossSum:
+    def forward(self, hidden: Tensor, batch: PackedBatch, head: OutputHead) -> LossSum:
         return super().forward(hidden + hidden.mean(dim=0), batch, head)
 
 
 class ShiftsOverBorder(TokenLoss):
     """Shifts the ids of the whole sequence, so that the last token of each document predicts the first of the next."""
 
-    def forward(self, hidden: Tensor, batch: PackedBatch, head: Tensor) -> LossSum:
+    def forward(self, hidden: Tensor, batch: PackedBatch, head: OutputHead) -> LossSum:
         positions = batch.label_positions.get(self.name)
         if positions is None:
             return super().forward(hidden, batch, head)
@@ -141,21 +142,21 @@ class ShiftsOverBorder(TokenLoss):
         ends = ends[(ends[:, None] - positions[None, :]).abs().amin(dim=1) <= 1]  # of the documents that are asked
         positions = torch.cat([positions, ends])
         labels = batch.input_ids.roll(-1)[positions]
-        total = linear_cross_entropy(hidden[positions], head, labels)
+        total = linear_cross_entropy(hidden[positions], head.weight, labels)
         return LossSum(total, len(positions))
 
 
 class ShiftsLabelsAgain(TokenLoss):
     """Labels are those of the next token already; shifted twice more, the last of a document is the first of the next."""
 
-    def forward(self, hidden: Tensor, batch: PackedBatch, head: Tensor) -> LossSum:
+    def forward(self, hidden: Tensor, batch: PackedBatch, head: OutputHead) -> LossSum:
         return super().forward(hidden, replace(batch, labels=batch.labels.roll(-2).clamp(min=0)), head)
 
 
 class IgnoresLabels(TokenLoss):
     """Depends on nothing that it should."""
 
-    def forward(self, hidden: Tensor, batch: PackedBatch, head: Tensor) -> LossSum:
+    def forward(self, hidden: Tensor, batch: PackedBatch, head: OutputHead) -> LossSum:
         return super().forward(hidden, replace(batch, labels=batch.labels * 0), head)
 
 

@@ -71,7 +71,7 @@ class Oracle(nn.Module):
         super().__init__()
         self.known = known
 
-    def forward(self, embeddings: Tensor, position_ids: Tensor, layout: Any) -> Tensor:
+    def forward(self, embeddings: Tensor, position_ids: Tensor, layout: Any, cache: Any) -> Tensor:
         return embeddings[self.known].mean(0).expand_as(embeddings)
 
 

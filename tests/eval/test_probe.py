@@ -60,10 +60,7 @@ class Knows(nn.Module):
         states = torch.zeros(len(classes), 3) if self.blind else torch.eye(3)[classes]
         return states.repeat_interleave(torch.tensor(batch.layout.lengths), dim=0)
 
-    def positions(self, batch: PackedBatch) -> Tensor:
-        return batch.position_ids
-
-    def trunk(self, inputs: Tensor, positions: Tensor, layout: Any) -> Tensor:
+    def read(self, inputs: Tensor, batch: PackedBatch) -> Tensor:
         return inputs
 
 

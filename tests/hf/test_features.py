@@ -158,11 +158,11 @@ def test_chat_template(both: Path) -> None:
     }
     chat = [user, {"role": "assistant", "content": "cat"}, {"role": "user", "content": "and?"}]
     text = processor.apply_chat_template(chat)
-    assert text == "<|image|>red<|audio|>cat<|endoftext|>and?"
+    assert text == "User:\n<|image|>red<|audio|>\nAssistant:\ncat<|endoftext|>\nUser:\nand?\n"
     inputs = processor.apply_chat_template(
         chat, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
     )
-    want = processor(text=text, images=png(1), audio=flac(1), special_tokens=True)
+    want = processor(text=f"{text}Assistant:\n", images=png(1), audio=flac(1), special_tokens=True)
     assert {name: value.tolist() for name, value in inputs.items()} == {
         name: value.tolist() for name, value in want.items()
     }
@@ -170,7 +170,10 @@ def test_chat_template(both: Path) -> None:
     assert several["input_ids"].shape[0] == 2
     assert several["attention_mask"][1].sum() < several["attention_mask"][0].sum()
     half = [user, {"role": "assistant", "content": "a ca"}]
-    assert processor.apply_chat_template(half, continue_final_message=True) == "<|image|>red<|audio|>a ca"
+    assert (
+        processor.apply_chat_template(half, continue_final_message=True)
+        == "User:\n<|image|>red<|audio|>\nAssistant:\na ca"
+    )
 
 
 @pytest.mark.parametrize(
