@@ -21,18 +21,6 @@ from mmctx.tokenizer import PLACEHOLDERS
 
 MARKS = {mark: kind for kind, mark in PLACEHOLDERS.items()}
 _MARK = re.compile("(" + "|".join(map(re.escape, MARKS)) + ")")
-CHAT_TEMPLATE = f"""\
-{{%- for message in messages -%}}
-{{%- if message['content'] is string -%}}{{{{- message['content'] -}}}}
-{{%- else -%}}{{%- for part in message['content'] -%}}
-{{%- if part['type'] == 'text' -%}}{{{{- part['text'] -}}}}
-{{%- elif part['type'] in ('image', 'image_url') -%}}{{{{- '{PLACEHOLDERS["image"]}' -}}}}
-{{%- elif part['type'] == 'audio' -%}}{{{{- '{PLACEHOLDERS["audio"]}' -}}}}
-{{%- endif -%}}{{%- endfor -%}}{{%- endif -%}}
-{{%- if message['role'] == 'assistant' -%}}{{{{- eos_token -}}}}{{%- endif -%}}
-{{%- endfor -%}}"""
-"""For tokenizers without a template of their own: parts in reading order with nothing between them, as captioning documents are, and
-answers end as documents do."""
 
 
 def split_at_marks(text: str) -> list[str]:
