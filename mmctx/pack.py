@@ -314,18 +314,18 @@ def _media_batch(kind: str, documents: Sequence[Document], starts: np.ndarray) -
             rows.append(np.arange(item.num_tokens) + first_row[id(item)])
     if not items:
         return None
-    values = [item.values for item in items.values()]
+    parts = [torch.from_numpy(np.concatenate(places)) for places in (slots, rows)]
+    return media_batch(kind, [i.values for i in items.values()], [i.num_tokens for i in items.values()], *parts)
+
+
+def media_batch(
+    kind: str, values: Sequence[Tensor], num_tokens: Sequence[int], slots: Tensor, rows: Tensor
+) -> MediaBatch:
+    """Lays items of one modality end to end: pictures (3, H, W), stacked where they are of one size, or clips (F, mel bins)."""
     sizes = tuple((v.shape[-2], v.shape[-1]) for v in values) if kind == "image" else ()
     if len(set(sizes)) == 1:
-        packed, lengths, sizes = torch.stack(values), (1,) * len(values), ()
+        packed, lengths, sizes = torch.stack(list(values)), (1,) * len(values), ()
     else:
         values = [v.reshape(-1) for v in values] if sizes else values
-        packed, lengths = torch.cat(values), tuple(map(len, values))
-    return MediaBatch(
-        values=packed,
-        lengths=lengths,
-        sizes=sizes,
-        num_tokens=tuple(item.num_tokens for item in items.values()),
-        slots=torch.from_numpy(np.concatenate(slots)),
-        rows=torch.from_numpy(np.concatenate(rows)),
-    )
+        packed, lengths = torch.cat(list(values)), tuple(map(len, values))
+    return MediaBatch(values=packed, lengths=lengths, sizes=sizes, num_tokens=tuple(num_tokens), slots=slots, rows=rows)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmctx.errors import ConfigError
-from mmctx.hf.inputs import Rows, _clips, _pictures
+from mmctx.hf.inputs import Items, Rows, clips_of, pictures_of
 from mmctx.objectives.similarity import Similarity
 from mmctx.pack import Document, MediaItem, pack_documents
 from mmctx.sample import Sample
@@ -33,29 +33,37 @@ class FeaturesMixin:
     device: torch.device
     placeholder_ids: dict[str, int]
 
-    def get_image_features(self, pixel_values: Tensor, objective: str | None = None) -> Tensor:
+    def get_image_features(
+        self, pixel_values: Tensor, image_sizes: Tensor | None = None, objective: str | None = None
+    ) -> Tensor:
         """Unit embeddings (I, E) of pictures.
 
         Args:
-            pixel_values: (I, 3, S, S) uint8, as the processor makes them.
+            pixel_values: (I, 3, H, W) uint8, as the processor makes them.
+            image_sizes: (I, 2), where they differ.
             objective: name of a similarity objective; the first one by default.
 
         Raises:
             ConfigError: the model has no such objective, no such encoder, or its config tells no ids of special tokens.
         """
-        _, _, num_tokens = _pictures(self._encoder("image"), {"pixel_values": pixel_values})  # type: ignore[misc]
-        items = [MediaItem("image", pixels, n) for pixels, n in zip(pixel_values.cpu(), num_tokens, strict=True)]
-        return self._embed("image", items, objective)
+        inputs = {"pixel_values": pixel_values, "image_sizes": image_sizes}
+        return self._embed("image", _items("image", pictures_of(self._encoder("image"), inputs)), objective)
 
     def get_audio_features(
-        self, input_features: Tensor, input_features_mask: Tensor | None = None, objective: str | None = None
+        self,
+        input_features: Tensor,
+        input_features_mask: Tensor | None = None,
+        input_features_tokens: Tensor | None = None,
+        objective: str | None = None,
     ) -> Tensor:
-        """Unit embeddings (I, E) of clips: (I, F, M) frames, (I, F) mask of those that are real; else see `get_image_features`."""
-        inputs = {"input_features": input_features, "input_features_mask": input_features_mask}
-        frames, lengths, num_tokens = _clips(self._encoder("audio"), inputs)  # type: ignore[misc]
-        clips = frames.cpu().split(lengths)
-        items = [MediaItem("audio", clip, n) for clip, n in zip(clips, num_tokens, strict=True)]
-        return self._embed("audio", items, objective)
+        """Unit embeddings (I, E) of clips: (I, F, M) frames, (I, F) mask of those that are real, (I,) tokens; else see
+        `get_image_features`."""
+        inputs = {
+            "input_features": input_features,
+            "input_features_mask": input_features_mask,
+            "input_features_tokens": input_features_tokens,
+        }
+        return self._embed("audio", _items("audio", clips_of(self._encoder("audio"), inputs)), objective)
 
     def get_text_features(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, objective: str | None = None
@@ -88,3 +96,8 @@ class FeaturesMixin:
         native = self.native
         place = f"{name}/{view}"
         return native.objectives[name].embed(native.encode(batch), batch.pooled[place], batch.pool_sizes[place])
+
+
+def _items(kind: str, found: Items) -> list[MediaItem]:
+    """On the host, as documents hold them."""
+    return [MediaItem(kind, values.cpu(), n) for values, n in zip(found.values, found.num_tokens, strict=True)]

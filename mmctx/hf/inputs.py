@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,10 +16,13 @@ from torch import Tensor
 
 from mmctx.errors import DataError
 from mmctx.layout import DocumentLayout
-from mmctx.pack import MediaBatch, PackedBatch
+from mmctx.pack import MediaBatch, PackedBatch, media_batch
 
-MEDIA_INPUTS = ("pixel_values", "input_features", "input_features_mask")
-"""Inputs whose first dimension counts items, not rows."""
+MEDIA_INPUTS = {
+    "image": ("pixel_values", "image_sizes"),
+    "audio": ("input_features", "input_features_mask", "input_features_tokens"),
+}
+"""Inputs whose first dimension counts items, not rows, by modality."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,49 @@ class Rows:
         )
 
 
+class Items(NamedTuple):
+    """All pictures, or all clips.
+
+    Attributes:
+        values: of each, without padding: (3, H, W) uint8, or (F, M) frames.
+        num_tokens: embeddings that each becomes.
+    """
+
+    values: list[Tensor]
+    num_tokens: list[int]
+
+
+def pictures_of(encoder: Any, inputs: Mapping[str, Tensor | None]) -> Items:
+    """Of pixel_values (I, 3, H, W), those of which count that image_sizes (I, 2) says; None for all."""
+    pixels, sizes = inputs["pixel_values"], inputs.get("image_sizes")
+    assert pixels is not None
+    shapes = [tuple(pixels.shape[2:])] * len(pixels) if sizes is None else sizes.tolist()
+    unit = encoder.geometry.unit
+    values = [picture[:, :height, :width] for picture, (height, width) in zip(pixels, shapes, strict=True)]
+    return Items(values, [(height // unit) * (width // unit) for height, width in shapes])
+
+
+def clips_of(encoder: Any, inputs: Mapping[str, Tensor | None]) -> Items:
+    """Of input_features (I, F, M), those frames of which count that input_features_mask (I, F) marks; None for all.
+
+    Raises:
+        DataError: the encoder's tokens do not follow from frames, and input_features_tokens (I,) are lacking.
+    """
+    features, mask, counts = (inputs.get(name) for name in MEDIA_INPUTS["audio"])
+    assert features is not None
+    lengths = [features.shape[1]] * len(features) if mask is None else mask.bool().sum(dim=1).tolist()
+    values = [clip[:length] for clip, length in zip(features, lengths, strict=True)]
+    if counts is None and encoder.config.kind != "logmel":
+        raise DataError(
+            "give input_features_tokens, too, as the processor makes them: how many embeddings each clip becomes"
+        )
+    per_token = encoder.config.frames_per_token
+    return Items(values, [-(-n // per_token) for n in lengths] if counts is None else counts.tolist())
+
+
+_READERS = {"image": pictures_of, "audio": clips_of}
+
+
 def media_batches(
     input_ids: Tensor,
     placeholder_ids: Mapping[str, int],
@@ -132,28 +178,28 @@ def media_batches(
         input_ids: ids of all rows, without padding.
         placeholder_ids: modality -> the id that its slots hold.
         encoders: the model's, by modality.
-        inputs: `MEDIA_INPUTS` by name: pixel_values (I, 3, H, W) uint8; input_features (I, F, M); input_features_mask (I, F), None for
-            clips of equal length.
+        inputs: `MEDIA_INPUTS` by name, see `pictures_of` and `clips_of`.
 
     Raises:
         DataError: placeholders and embeddings are not equally many, naming both numbers, or the model lacks the encoder.
     """
     found = {}
-    for kind, measure in _MEASURES.items():
+    for kind, read in _READERS.items():
         slots = (input_ids == placeholder_ids[kind]).nonzero()[:, 0] if kind in placeholder_ids else input_ids[:0]
-        items = measure(encoders.get(kind), inputs)
-        if items is None and not len(slots):
+        given = inputs.get(MEDIA_INPUTS[kind][0]) is not None
+        if not given and not len(slots):
             continue
-        values, lengths, num_tokens = items or (input_ids[:0], (), ())
-        if items is not None and kind not in encoders:
+        if given and kind not in encoders:
             raise DataError(f"the model has no encoder for {kind} inputs; its config's model.{kind} is null")
-        if sum(num_tokens) != len(slots):
+        items = read(encoders[kind], inputs) if given else Items([], [])
+        if sum(items.num_tokens) != len(slots):
             raise DataError(
-                f"input_ids hold {len(slots)} {kind} placeholders, but the {len(num_tokens)} {kind} items become {sum(num_tokens)} "
-                "embeddings; make both with the model's processor, and cut no text inside media"
+                f"input_ids hold {len(slots)} {kind} placeholders, but the {len(items.values)} {kind} items become "
+                f"{sum(items.num_tokens)} embeddings; make both with the model's processor, and cut no text inside media"
             )
-        rows = torch.arange(len(slots), device=slots.device)
-        found[kind] = MediaBatch(values=values, lengths=lengths, num_tokens=num_tokens, slots=slots, rows=rows)
+        found[kind] = media_batch(
+            kind, items.values, items.num_tokens, slots, torch.arange(len(slots), device=slots.device)
+        )
     return found
 
 
@@ -162,25 +208,3 @@ def items_by_row(placeholders: Sequence[int], num_tokens: Sequence[int]) -> list
     ends = np.cumsum(num_tokens)
     until = np.searchsorted(ends, np.cumsum(placeholders), side="right")
     return np.diff(until, prepend=0).tolist()
-
-
-def _pictures(
-    encoder: Any, inputs: Mapping[str, Tensor | None]
-) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]] | None:
-    pixels = inputs.get("pixel_values")
-    if pixels is None or encoder is None:
-        return None if pixels is None else (pixels, (), ())
-    return pixels, (1,) * len(pixels), (encoder.geometry.num_tokens,) * len(pixels)
-
-
-def _clips(encoder: Any, inputs: Mapping[str, Tensor | None]) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]] | None:
-    features, mask = inputs.get("input_features"), inputs.get("input_features_mask")
-    if features is None or encoder is None:
-        return None if features is None else (features, (), ())
-    lengths = (features.shape[1],) * len(features) if mask is None else tuple(mask.bool().sum(dim=1).tolist())
-    frames = torch.cat([clip[:length] for clip, length in zip(features, lengths, strict=True)])
-    per_token = encoder.config.frames_per_token
-    return frames, lengths, tuple(-(-length // per_token) for length in lengths)
-
-
-_MEASURES = {"image": _pictures, "audio": _clips}

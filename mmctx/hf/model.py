@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers.utils.generic import can_return_tuple
 
 from mmctx.activations import ActivationsConfig
 from mmctx.errors import ConfigError
+from mmctx.hf.build import build_encoders, build_native
 from mmctx.hf.cache import PaddedCache, joined
 from mmctx.hf.config import MmctxConfig
 from mmctx.hf.features import FeaturesMixin
@@ -24,7 +26,7 @@ from mmctx.hf.head import next_token_logits, sum_of_losses
 from mmctx.hf.inputs import MEDIA_INPUTS, Rows, items_by_row, media_batches
 from mmctx.hf.resize import VocabularyMixin
 from mmctx.hf_files import generation_defaults
-from mmctx.model import ENCODERS, MmctxModel
+from mmctx.model import MmctxModel
 from mmctx.pack import IGNORE_INDEX, MODALITIES
 
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -48,7 +50,7 @@ class MmctxForConditionalGeneration(FeaturesMixin, VocabularyMixin, PreTrainedMo
 
     def __init__(self, config: MmctxConfig) -> None:
         super().__init__(config)
-        native = _build(config)
+        native = build_native(config)
         self._modules, self._parameters, self._buffers = native._modules, native._parameters, native._buffers
         self.__dict__["_of_native"] = native.__dict__
         self._no_split_modules = ["Block", *{type(encoder).__name__ for encoder in native.encoders.values()}]
@@ -71,8 +73,10 @@ class MmctxForConditionalGeneration(FeaturesMixin, VocabularyMixin, PreTrainedMo
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        image_sizes: Tensor | None = None,
         input_features: Tensor | None = None,
         input_features_mask: Tensor | None = None,
+        input_features_tokens: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         cache: Any = None,
@@ -91,8 +95,9 @@ class MmctxForConditionalGeneration(FeaturesMixin, VocabularyMixin, PreTrainedMo
             position_ids: (B, L); counted from the mask by default.
             past_key_values, cache: a Transformers cache, filled in place. See `joined` for both.
             inputs_embeds: (B, L, D), media included.
-            pixel_values: (I, 3, S, S) uint8, pictures of all rows in reading order.
-            input_features: (I, F, M) log-mel frames of all clips in reading order, `input_features_mask` (I, F) 0 behind a clip's end.
+            pixel_values: (I, 3, H, W) uint8, pictures of all rows in reading order; `image_sizes` (I, 2) where they differ.
+            input_features: (I, F, M) frames of all clips in reading order, `input_features_mask` (I, F) 0 behind a clip's end,
+                `input_features_tokens` (I,) embeddings that each becomes.
             labels: (B, L) ids, `IGNORE_INDEX` for what is not predicted, media never are; the loss is the mean over the rest, or their sum
                 divided by `num_items_in_batch`.
             use_cache: start a cache, if none is given.
@@ -120,8 +125,10 @@ class MmctxForConditionalGeneration(FeaturesMixin, VocabularyMixin, PreTrainedMo
         if input_ids is not None and not (rows.past and pixel_values is None and input_features is None):
             inputs = {
                 "pixel_values": pixel_values,
+                "image_sizes": image_sizes,
                 "input_features": input_features,
                 "input_features_mask": input_features_mask,
+                "input_features_tokens": input_features_tokens,
             }
             media = media_batches(ids, self.placeholder_ids, dict(native.encoders.items()), inputs)
         batch = rows.batch(ids, media, is_causal)
@@ -183,7 +190,7 @@ class MmctxForConditionalGeneration(FeaturesMixin, VocabularyMixin, PreTrainedMo
         **model_kwargs: Any,
     ) -> tuple[Any, dict[str, Any]]:
         """Beams and several answers: rows are repeated, and with each its own items, of which it may have any number."""
-        media = {name: model_kwargs.pop(name, None) for name in MEDIA_INPUTS}
+        media = {name: model_kwargs.pop(name, None) for names in MEDIA_INPUTS.values() for name in names}
         if input_ids is not None and expand_size > 1:
             media = self._repeat_media(input_ids, media, expand_size)
         expand: Any = super()._expand_inputs_for_generation  # type: ignore[reportAttributeAccessIssue]
@@ -195,7 +202,7 @@ class MmctxForConditionalGeneration(FeaturesMixin, VocabularyMixin, PreTrainedMo
     def _repeat_media(self, input_ids: Tensor, media: dict[str, Any], times: int) -> dict[str, Any]:
         batches = media_batches(input_ids.flatten(), self.placeholder_ids, dict(self.native.encoders.items()), media)
         found = dict(media)
-        for kind, names in {"image": MEDIA_INPUTS[:1], "audio": MEDIA_INPUTS[1:]}.items():
+        for kind, names in MEDIA_INPUTS.items():
             if kind not in batches:
                 continue
             slots = (input_ids == self.placeholder_ids[kind]).sum(dim=1).tolist()
@@ -227,8 +234,8 @@ class MmctxForConditionalGeneration(FeaturesMixin, VocabularyMixin, PreTrainedMo
         encoders, and fresh weights for parameters that it lacks."""
         missing = self.__dict__.pop("_missing", set())
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-            fresh = _build(self.config) if missing else None
-            encoders = fresh.encoders if fresh is not None else _build_encoders(self.config)
+            fresh = build_native(self.config) if missing else None
+            encoders = fresh.encoders if fresh is not None else build_encoders(self.config)
         found = {f"encoders.{name}": value for name, value in encoders.named_buffers()}
         found |= (
             {name: value for name, value in fresh.named_parameters() if name in missing} if fresh is not None else {}
@@ -244,38 +251,28 @@ class MmctxForConditionalGeneration(FeaturesMixin, VocabularyMixin, PreTrainedMo
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """From any checkpoint folder; see `PreTrainedModel.from_pretrained`."""
+        """From any checkpoint folder; see `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ConfigError: the checkpoint is of a tuning, whose adapters would go missing.
+        """
+        adapter = Path(pretrained_model_name_or_path or "") / "adapter"
+        if (adapter / "adapter_config.json").is_file():
+            raise ConfigError(
+                f"{adapter.parent}: was tuned by train.tune, and what was added would go missing; `mmctx merge {adapter.parent} OUT` makes "
+                f"a plain model of LoRA and AdaLoRA, or put {adapter} onto its base by peft's PeftModel.from_pretrained"
+            )
         found = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = found[0] if isinstance(found, tuple) else found
+        # checkpoints of earlier versions say nothing of generation
         for name, value in generation_defaults(model.config.special_tokens).items():
-            if (
-                getattr(model.generation_config, name) is None
-            ):  # checkpoints of earlier versions say nothing of generation
+            if getattr(model.generation_config, name) is None:
                 setattr(model.generation_config, name, value)
         return found
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
         """See `MmctxConfig.register_for_auto_class`."""
-
-
-def _build(config: MmctxConfig) -> MmctxModel:
-    from mmctx.train.checkpoints.load import without_pretrained
-
-    return MmctxModel(without_pretrained(config.shape), config.objective_configs, config.vocab_size)
-
-
-def _build_encoders(config: MmctxConfig) -> nn.ModuleDict:
-    from mmctx.train.checkpoints.load import without_pretrained
-
-    shape = without_pretrained(config.shape)
-    return nn.ModuleDict(
-        {
-            kind: build(part, shape.transformer.width)
-            for kind, build in ENCODERS.items()
-            if (part := getattr(shape, kind)) is not None
-        }
-    )
 
 
 @contextmanager

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from transformers import BatchFeature, ProcessorMixin
 
-from mmctx.encoders.audio import AudioPreprocessor
+from mmctx.chat import DEFAULT_TEMPLATE
+from mmctx.encoders.audio_front_end import AudioPreprocessor
 from mmctx.encoders.image import ImagePreprocessor
 from mmctx.errors import DataError
 from mmctx.hf.config import MmctxConfig
 from mmctx.hf.media import pixels_of, samples_of
 from mmctx.hf.prompts import (
-    CHAT_TEMPLATE,
     MARKS,
     mark_rows,
     media_inputs,
@@ -38,7 +38,7 @@ class MmctxProcessor(ProcessorMixin):
 
     Args:
         tokenizer: with the special tokens that mmctx adds.
-        chat_template: Jinja; by default the tokenizer's own, or `CHAT_TEMPLATE`.
+        chat_template: Jinja; by default the tokenizer's own, or `mmctx.chat.DEFAULT_TEMPLATE`.
         image: `model.image` of the configuration; None for a model that sees no pictures.
         audio: `model.audio`.
     """
@@ -50,7 +50,7 @@ class MmctxProcessor(ProcessorMixin):
         image: Mapping[str, Any] | None = None,
         audio: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template or CHAT_TEMPLATE)
+        super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template or DEFAULT_TEMPLATE)
         self.image, self.audio, self.auto_map = image, audio, PROCESSOR_AUTO_MAP
         self._preprocessors: dict[str, Any] | None = None
 
@@ -95,7 +95,7 @@ class MmctxProcessor(ProcessorMixin):
                 they are plain characters.
 
         Returns:
-            input_ids (B, L), attention_mask (B, L), pixel_values (I, 3, S, S) uint8, input_features (I, F, M), input_features_mask (I, F).
+            input_ids (B, L), attention_mask (B, L), and see `media_inputs`.
 
         Raises:
             DataError: media and their marks are not equally many, or the model has no encoder for them, or something cannot be decoded.

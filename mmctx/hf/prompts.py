@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -20,18 +21,6 @@ from mmctx.tokenizer import PLACEHOLDERS
 
 MARKS = {mark: kind for kind, mark in PLACEHOLDERS.items()}
 _MARK = re.compile("(" + "|".join(map(re.escape, MARKS)) + ")")
-CHAT_TEMPLATE = f"""\
-{{%- for message in messages -%}}
-{{%- if message['content'] is string -%}}{{{{- message['content'] -}}}}
-{{%- else -%}}{{%- for part in message['content'] -%}}
-{{%- if part['type'] == 'text' -%}}{{{{- part['text'] -}}}}
-{{%- elif part['type'] in ('image', 'image_url') -%}}{{{{- '{PLACEHOLDERS["image"]}' -}}}}
-{{%- elif part['type'] == 'audio' -%}}{{{{- '{PLACEHOLDERS["audio"]}' -}}}}
-{{%- endif -%}}{{%- endfor -%}}{{%- endif -%}}
-{{%- if message['role'] == 'assistant' -%}}{{{{- eos_token -}}}}{{%- endif -%}}
-{{%- endfor -%}}"""
-"""For tokenizers without a template of their own: parts in reading order with nothing between them, as captioning documents are, and
-answers end as documents do."""
 
 
 def split_at_marks(text: str) -> list[str]:
@@ -117,14 +106,20 @@ def pad_rows(ids: Sequence[np.ndarray], pad_id: int, side: str) -> dict[str, Ten
 
 
 def media_inputs(items: Mapping[str, Sequence[MediaItem]]) -> dict[str, Tensor]:
-    """`pixel_values` (I, 3, S, S) uint8, `input_features` (I, F, M) float32 and `input_features_mask` (I, F), of what there is."""
+    """Of what there is: `pixel_values` (I, 3, H, W) uint8, `image_sizes` (I, 2) if they differ; `input_features` (I, F, M) float32,
+    `input_features_mask` (I, F), `input_features_tokens` (I,)."""
     found: dict[str, Tensor] = {}
-    if pictures := items.get("image"):
-        found["pixel_values"] = torch.stack([item.values for item in pictures])
+    if pictures := [item.values for item in items.get("image", ())]:
+        sizes = torch.tensor([picture.shape[1:] for picture in pictures])  # (I, 2)
+        height, width = sizes.amax(dim=0).tolist()
+        room = [(0, width - picture.shape[2], 0, height - picture.shape[1]) for picture in pictures]
+        found["pixel_values"] = torch.stack([F.pad(picture, r) for picture, r in zip(pictures, room, strict=True)])
+        if len(sizes.unique(dim=0)) > 1:
+            found["image_sizes"] = sizes
     if clips := items.get("audio"):
         frames = [item.values for item in clips]
+        masks = [torch.ones(len(part), dtype=torch.int64) for part in frames]
         found["input_features"] = pad_sequence(frames, batch_first=True)
-        found["input_features_mask"] = pad_sequence(
-            [torch.ones(len(f), dtype=torch.int64) for f in frames], batch_first=True
-        )
+        found["input_features_mask"] = pad_sequence(masks, batch_first=True)
+        found["input_features_tokens"] = torch.tensor([item.num_tokens for item in clips])
     return found

@@ -24,6 +24,25 @@ BERT = {
     "qk_norm": False,
 } | dict.fromkeys(("qkv_bias", "mlp_bias", "out_bias"), True)
 
+VARIED = {
+    "image": {
+        "name": "naflexvit_base_patch16_gap",
+        "max_patches": 12,
+        "options": {"embed_dim": 32, "depth": 1, "num_heads": 2},
+    },
+    "audio": {
+        "kind": "whisper",
+        "padding": "silence",
+        "width": 32,
+        "depth": 1,
+        "num_heads": 2,
+        "mlp_width": 48,
+        "num_mels": 20,
+        "max_positions": 50,
+        "shuffle": 4,
+    },
+}
+
 
 @pytest.fixture(scope="session")
 def make(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
@@ -32,6 +51,7 @@ def make(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[...
     def build(transformer: dict[str, Any] | None = None, step: int = 1, **sections: Any) -> Path:
         root = tmp_path_factory.mktemp("hf")
         tree = tiny_tree(corpus, root)
+        tree["model"] |= sections.pop("model", {})
         tree["model"]["transformer"] |= transformer or {}
         return write_checkpoint(tree | sections, root / "run", step)
 
@@ -54,6 +74,12 @@ def untied(make: Callable[..., Path]) -> Path:
 def bert(make: Callable[..., Path]) -> Path:
     """Learned positions, norms behind, biases on the logits. Not to be changed."""
     return make(BERT)
+
+
+@pytest.fixture(scope="session")
+def varied(make: Callable[..., Path]) -> Path:
+    """Pictures keep their shape, and clips are heard with silence behind them. Not to be changed."""
+    return make(model=VARIED)
 
 
 @pytest.fixture(scope="session", params=["checkpoint", "untied", "bert"])

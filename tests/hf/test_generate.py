@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoProcessor, TextIteratorStreamer
 
 from mmctx.hf import MmctxForConditionalGeneration, MmctxProcessor
-from mmctx.pack import Document, pack_documents
+from mmctx.pack import Document, MediaItem, pack_documents
 
 NEW = 7
 TEXTS = [
@@ -24,12 +25,24 @@ TEXTS = [
     "a tall green tree and a small blue",
     "<|image|>and<|image|> is <|audio|>",
 ]
-IMAGES, CLIPS = [png(n) for n in range(4)], [flac(0, 0.4), flac(1, 0.25)]
+CLIPS = [flac(0, 0.4), flac(1, 0.25)]
 
 
-@pytest.fixture(scope="module")
-def parts(either: Path) -> tuple[MmctxForConditionalGeneration, MmctxProcessor]:
-    return AutoModelForCausalLM.from_pretrained(either), AutoProcessor.from_pretrained(either)
+def picture(seed: int, width: int, height: int) -> bytes:
+    """Of noise."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+IMAGES = [picture(n, *size) for n, size in enumerate([(32, 32), (64, 32), (33, 60), (48, 32)])]
+
+
+@pytest.fixture(scope="module", params=["checkpoint", "untied", "bert", "varied"])
+def parts(request: pytest.FixtureRequest) -> tuple[MmctxForConditionalGeneration, MmctxProcessor]:
+    folder = request.getfixturevalue(request.param)
+    return AutoModelForCausalLM.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
 
 
 def read_all(processor: MmctxProcessor, side: str = "left") -> Any:
@@ -57,25 +70,19 @@ def answers(model: MmctxForConditionalGeneration, found: Tensor, prompt: int) ->
 @torch.no_grad()
 def slowly(model: MmctxForConditionalGeneration, inputs: Any, count: int) -> list[int]:
     """The likeliest tokens, by the native model and a document of `mmctx.pack`, which is read from its start for every token."""
-    media, at, pictures = [], 0, list(inputs.get("pixel_values", []))
-    clips = [
-        clip[mask.bool()]
-        for clip, mask in zip(inputs.get("input_features", []), inputs.get("input_features_mask", []), strict=True)
-    ]
-    ids = inputs["input_ids"][0].tolist()
+    pixels = inputs.get("pixel_values", [])
+    sizes = inputs.get("image_sizes", torch.tensor([p.shape[1:] for p in pixels]))
+    heard = zip(*(inputs.get(f"input_features{name}", []) for name in ("", "_mask", "_tokens")), strict=True)
+    items = {
+        "image": [MediaItem("image", p[:, :h, :w], int(h * w) // 256) for p, (h, w) in zip(pixels, sizes, strict=True)],
+        "audio": [MediaItem("audio", clip[mask.bool()], int(tokens)) for clip, mask, tokens in heard],
+    }
     names = {number: kind for kind, number in model.placeholder_ids.items()}
-    from mmctx.pack import MediaItem
-
+    ids, media, at = inputs["input_ids"][0].tolist(), [], 0
     while at < len(ids):
-        if (kind := names.get(ids[at])) is None:
-            at += 1
-            continue
-        values = (pictures if kind == "image" else clips).pop(0)
-        item = MediaItem(
-            kind, values, 4 if kind == "image" else -(-len(values) // model.config.shape.audio.frames_per_token)
-        )
-        media.append((at, item))
-        at += item.num_tokens
+        if (kind := names.get(ids[at])) is not None:
+            media.append((at, items[kind].pop(0)))
+        at += media[-1][1].num_tokens if kind else 1
     native, new = model.native, []
     for _ in range(count):
         whole = np.array(ids + new)
@@ -242,7 +249,7 @@ def test_logits_where_asked(parts: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"pixel_values": None}, ("16 image placeholders", "0 image items")),
+        ({"pixel_values": None}, ("image placeholders, but the 0 image items",)),
         ({"attention_mask": torch.ones(4, 3)}, ("(4, 3)", "one number a token")),
         ({"output_attentions": True}, ("output_attentions",)),
         ({"inputs_embeds": torch.zeros(4, 3, 32)}, ("either input_ids or inputs_embeds",)),
