@@ -14,7 +14,6 @@ from mmctx.datasets.config import DataConfig
 from mmctx.eval.config import EvalConfig
 from mmctx.model import ModelConfig
 from mmctx.objectives import AnyObjective
-from mmctx.objectives.labelled import LabelledConfig
 from mmctx.train.checkpoints.retention import KeepConfig
 from mmctx.train.distribution import DistributionConfig
 from mmctx.train.init import inherit
@@ -24,6 +23,7 @@ from mmctx.train.optim.guard import GuardConfig
 from mmctx.train.optim.learning_rate import ScheduleConfig
 from mmctx.train.optim.modules import ModuleConfig
 from mmctx.train.stages import Stage, StageConfig, resolve_stages
+from mmctx.train.together import check_distribution, check_sources, check_streams
 from mmctx.train.trackers import TrackerName
 from mmctx.train.tuning import check_tuning
 from mmctx.tuning import AnyTuning, FullTuning
@@ -140,82 +140,19 @@ class RunConfig(StrictModel):
             if not re.fullmatch(r"\w+", name) or hasattr(nn.ModuleDict, name):
                 raise ValueError(f"objectives: {name!r} cannot name an objective; use letters, digits and underscores")
         check_tuning(self)
-        heads, ranks = self.model.transformer.num_heads, self.train.sequence_parallel
-        if heads % ranks:
-            fitting = [count for count in range(1, heads + 1) if heads % count == 0]
-            raise ValueError(
-                f"train.sequence_parallel={ranks} must divide model.transformer.num_heads={heads}, which are shared out over the ranks; "
-                f"use one of {', '.join(map(str, fitting))}"
-            )
-        if ranks > 1 and self.model.transformer.picture_positions == "grid":
-            raise ValueError(
-                f"train.sequence_parallel={ranks} may cut a picture in two, and picture_positions: grid needs it whole; use sequence"
-            )
-        for name, objective in self.objectives.items():
-            if ranks > 1 and isinstance(objective, LabelledConfig) and objective.pooling == "mean":
-                raise ValueError(
-                    f"objectives.{name}.pooling: mean needs whole documents, and train.sequence_parallel={ranks} cuts them; use token"
-                )
+        check_distribution(self)
+        check_sources(self)
+        check_streams(self)
         positions, context = self.model.transformer.learned_positions, self.data.context_length
         if positions is not None and context > positions:
             raise ValueError(
                 f"data.context_length={context} is longer than model.transformer.learned_positions={positions}; lower it, or ask for more "
                 "positions (which a pretrained folder's are stretched to by model.transformer.resize_positions)"
             )
-        if self.train.audit and self.train.distribution.kind == "fsdp2":
-            raise ValueError(
-                "train.audit looks at whole models, and train.distribution.kind: fsdp2 splits them; run `mmctx audit CONFIG` instead"
-            )
-        if self.train.optimizer.kind == "adafactor" and self.train.distribution.kind == "fsdp2":
-            raise ValueError(
-                "train.optimizer.kind: adafactor (PyTorch's) cannot take means over the rows and columns of matrices that "
-                "train.distribution.kind: fsdp2 splits; use adamw or muon, or distribution.kind: ddp"
-            )
-        pieces = {"activations.mlp_tile": self.train.activations.mlp_tile, "compile": self.train.compile}
-        if ranks > 1 and self.model.transformer.dropout and (used := [name for name, value in pieces.items() if value]):
-            raise ValueError(
-                f"train.{used[0]} cannot be had with train.sequence_parallel={ranks} and dropout, whose masks are those of the whole "
-                "sequence; set model.transformer.dropout=0"
-            )
         if unknown := self.run.card.data_licenses.keys() - self.data.sources.keys():
             raise ValueError(
                 f"run.card.data_licenses names {min(unknown)!r}, but data.sources has {', '.join(sorted(self.data.sources))}"
             )
-        for where, sources in (("data", self.data.sources), ("eval", self.eval.sources)):
-            for name, source in sources.items():
-                for objective in source.objectives:
-                    if objective not in self.objectives:
-                        defined = sorted(self.objectives)
-                        raise ValueError(
-                            f"{where}.sources.{name}.objectives names {objective!r}, but `objectives` defines {defined}"
-                        )
-        if self.train.tune.kind == "prefix" and self.model.transformer.memory is not None:
-            raise ValueError(
-                "train.tune.kind: prefix stands before whole documents, which model.transformer.memory looks back into; tune by lora or "
-                "adapter"
-            )
-        for name in self.data.streamed:
-            kinds = [self.objectives[objective].kind for objective in self.data.sources[name].objectives]
-            if kinds != ["captioning"]:
-                raise ValueError(
-                    f"data.sources.{name}.long_documents is stream, whose pieces one objective of kind captioning reads in order; its "
-                    f"objectives are of kinds {kinds}"
-                )
-            if self.model.transformer.learned_positions is not None:
-                raise ValueError(
-                    f"data.sources.{name}.long_documents is stream, whose positions count on without end, but model.transformer has "
-                    f"learned_positions={self.model.transformer.learned_positions}; use split, or rope"
-                )
-            if self.train.tune.kind == "prefix":
-                raise ValueError(
-                    f"data.sources.{name}.long_documents is stream, and train.tune.kind: prefix stands before whole documents; tune by "
-                    "lora or adapter"
-                )
-            if ranks > 1:
-                raise ValueError(
-                    f"data.sources.{name}.long_documents is stream, whose memory lies on one process; train.sequence_parallel={ranks} cuts "
-                    "bins over several: use 1, or long_documents: split"
-                )
         if self.eval.weights == "ema" and self.train.ema is None:
             raise ValueError(
                 "eval.weights=ema asks for averaged weights, but train.ema is null; set it, for example train.ema.decay=0.999"

@@ -30,6 +30,11 @@ def check_tuning(config: RunConfig) -> None:
             f"train.tune.kind: prefix puts tokens in front of whole documents, and train.sequence_parallel={train.sequence_parallel} cuts "
             "them; use lora, or sequence_parallel=1"
         )
+    if train.tune.kind == "prefix" and config.model.transformer.memory is not None:
+        raise ValueError(
+            "train.tune.kind: prefix is no part of a document's past, which model.transformer.memory looks back into; tune by lora or "
+            "adapter"
+        )
     positions = config.model.transformer.learned_positions
     if train.tune.kind == "prefix" and positions is not None:
         needed = config.data.context_length + train.tune.num_tokens
