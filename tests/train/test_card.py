@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
 
@@ -14,6 +16,8 @@ from mmctx.errors import ConfigError
 from mmctx.eval.results import add_results
 from mmctx.train.card import write_card
 from mmctx.train.checkpoints.layout import resolve_checkpoint
+from mmctx.train.checkpoints.saver import Saver
+from mmctx.train.checkpoints.state import read_state
 from mmctx.train.config import RunConfig
 from mmctx.train.loop import train
 
@@ -64,6 +68,22 @@ def test_a_run_that_is_written_down_nowhere_has_a_card_too(tree: dict[str, Any])
     text = write_card(resolve_checkpoint(run_dir), run_dir).read_text()
     assert yaml.safe_load(text.split("---")[1])["license"] == "unknown"
     assert "Not stated by whoever trained it." in text
+
+
+def test_an_evaluation_damaged_on_the_way_costs_the_card_and_no_checkpoint(tree: dict[str, Any]) -> None:
+    tree["train"]["steps"] = 1
+    tree["eval"]["sources"] = {}
+    run_dir = train(build_config(RunConfig, tree, "tree")).run_dir
+    model, tokenizer, config = api.load_model(run_dir)
+    state = read_state(resolve_checkpoint(run_dir))
+    (run_dir / "eval.json").write_text("{")
+    said: list[str] = []
+    saver = Saver(run_dir, config, say=said.append)
+    saver.save(model, tokenizer, torch.optim.SGD(model.parameters()), replace(state, step=2))
+    saver.finish()
+    assert resolve_checkpoint(run_dir).name == "checkpoint-2"
+    assert not (run_dir / "checkpoint-2" / "README.md").exists()
+    assert any("no model card could be written" in line and "eval.json" in line for line in said)
 
 
 def test_a_licence_of_no_source_is_refused(tree: dict[str, Any]) -> None:

@@ -155,5 +155,7 @@ def test_a_hopeless_trial_is_stopped_and_a_metric_that_is_not_there_is_named(
         outcome = run_trial(folder, lock, (), "loss", lambda step, value: step >= 3)
     assert outcome.pruned
     assert 3 <= len(read_lines(folder / "metrics.jsonl")) < 100_000
+    with pytest.raises(ConfigError, match="launch: 'no-such-program' cannot be started"):
+        sweep(build(declared | {"launch": ["no-such-program"], "name": "third"}))
     with pytest.raises(ConfigError, match=r"no 'accuracy'; it has .*loss"):
         sweep(build(declared | {"metric": "accuracy", "name": "other"}))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmctx.errors import MmctxError
 from mmctx.hf_files import describe_model, side_files
 from mmctx.model import MmctxModel
 from mmctx.tokenizer import TextTokenizer
@@ -138,7 +139,7 @@ class Saver:
             return
         try:
             write_card(path, self.run_dir)
-        except OSError as error:  # the checkpoint itself is whole
+        except (OSError, MmctxError) as error:  # the checkpoint itself is whole
             self.say(f"{path}: no model card could be written: {error}")
         self.say(f"saved {path}")
         for old in superfluous(self.run_dir, self.config.train.keep, contents.state.step, self._ends):

@@ -73,13 +73,18 @@ def run_trial(
         reported: step up to which earlier sittings asked.
 
     Raises:
-        ConfigError: the run has no such metric.
+        ConfigError: the run has no such metric, or `launch` names no program.
         KeyboardInterrupt: the run was stopped by a signal; it can go on.
     """
     command = [*(launch or [sys.executable]), "-m", "mmctx.train", str(folder / CONFIG)]
     pruned = False
     with (folder / _LOG).open("ab") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, pass_fds=[lock.fileno()])
+        try:
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, pass_fds=[lock.fileno()])
+        except OSError as error:
+            raise ConfigError(
+                f"launch: {command[0]!r} cannot be started: {error}; name a program, or leave launch out"
+            ) from None
         try:
             while process.poll() is None:
                 time.sleep(_LOOK_EVERY)
