@@ -126,7 +126,7 @@ class Labelled(ABC):
             ) from None
 
 
-class LabelledLoss(nn.Module):
+class LabelledLoss(nn.Module, ABC):
     """Model half: a linear probe of each document's embedding."""
 
     def __init__(self, name: str, config: LabelledConfig, width: int, outputs: int) -> None:
@@ -149,9 +149,9 @@ class LabelledLoss(nn.Module):
         """Documents."""
         return len(batch.label_positions.get(self.name, ()))
 
+    @abstractmethod
     def penalty(self, scores: Tensor, targets: Tensor) -> Tensor:
         """Loss of scores (K, outputs) against targets (K,), a scalar: summed over documents."""
-        raise NotImplementedError
 
     def forward(self, hidden: Tensor, batch: PackedBatch, head: OutputHead) -> LossSum:
         """See `ModelHalf`."""
