@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 from common import interleaved, machine, parse, report, timed, versions
 
-from mmctx.memory.entries import Document, Part
-from mmctx.memory.provenance import Provenance
-from mmctx.memory.store import Store
+from mmctx.store.entries import Document, Part
+from mmctx.store.provenance import Provenance
+from mmctx.store.store import Store
 
 TOP = 10
 BARS = {"recall": 0.95}

@@ -15,10 +15,10 @@ from mmctx.datasets.planning.plan import Plan
 from mmctx.errors import ConfigError, DataError, MmctxError
 from mmctx.eval.report.run import is_run, read_run
 from mmctx.eval.results import add_results
-from mmctx.memory.encoders.base import Encoder
 from mmctx.model import MmctxModel
 from mmctx.pack import PackedBatch
 from mmctx.pretrained.export import export as export_model
+from mmctx.store.encoders.base import Encoder
 from mmctx.train.audit import audit
 from mmctx.train.build import build_model as _build_model
 from mmctx.train.card import write_card
@@ -173,14 +173,14 @@ def open_encoder(name: str, objective: str | None = None) -> Encoder:
     """
     library, colon, model = name.partition(":")
     if colon and library == "transformers":
-        from mmctx.memory.encoders.transformers import TransformersEncoder
+        from mmctx.store.encoders.transformers import TransformersEncoder
 
         return TransformersEncoder(model, name)
     if colon and library == "open_clip":
-        from mmctx.memory.encoders.open_clip import OpenClipEncoder
+        from mmctx.store.encoders.open_clip import OpenClipEncoder
 
         return OpenClipEncoder(model, name)
-    from mmctx.memory.encoders.checkpoint import CheckpointEncoder
+    from mmctx.store.encoders.checkpoint import CheckpointEncoder
 
     folder = resolve_checkpoint(Path(name))
     return CheckpointEncoder.of_run(*read_model(folder), folder / "model.safetensors", name, objective)

@@ -54,7 +54,7 @@ def build(
 ) -> None:
     """Make a store of documents, embedded by --encoder. Stopped and called again, it goes on."""
     from mmctx import api
-    from mmctx.memory.store import Store
+    from mmctx.store.store import Store
 
     if encoder is None:
         raise ConfigError("a new store needs --encoder: a run, transformers:FOLDER, or open_clip:NAME@WEIGHTS")
@@ -80,7 +80,7 @@ def add(
     as_json: Json = False,
 ) -> None:
     """Add documents; those whose id is there take its place if they differ."""
-    from mmctx.memory.store import Store
+    from mmctx.store.store import Store
 
     opened = Store.open(store)
     readers = _readers(inputs, text, by_path, prefix, graph, pictures, relation)
@@ -99,8 +99,8 @@ def remove(
     as_json: Json = False,
 ) -> None:
     """Remove documents: from then on nothing finds or cites them. Exits with 1 if one was not there."""
-    from mmctx.memory.read import read_ids
-    from mmctx.memory.store import Store
+    from mmctx.store.read import read_ids
+    from mmctx.store.store import Store
 
     wanted = [*(ids or []), *(read_ids(listed) if listed else [])]
     if not wanted and source is None and not erase:
@@ -141,9 +141,9 @@ def query(
     as_json: Json = False,
 ) -> None:
     """Find what is most similar to a text, a picture or a clip. Exits with 1 if there is nothing."""
-    from mmctx.memory.entries import KINDS
-    from mmctx.memory.recall import embed_query
-    from mmctx.memory.store import Store
+    from mmctx.store.entries import KINDS
+    from mmctx.store.recall import embed_query
+    from mmctx.store.store import Store
 
     asked: list[tuple[Any, str | Path]] = [
         (name, value) for name, value in (("text", text), ("image", image), ("audio", audio)) if value is not None
@@ -185,8 +185,8 @@ def pack(
 ) -> None:
     """Write shards of documents that begin with their nearest neighbours in a store: exact search, no duplicates of themselves."""
     from mmctx.datasets.build.writer import BuildOptions
-    from mmctx.memory.pack import pack_neighbours
-    from mmctx.memory.store import Store
+    from mmctx.store.pack import pack_neighbours
+    from mmctx.store.store import Store
 
     if loss not in ("all", "own", "answer"):
         raise ConfigError(f"--loss is all, own or answer, not {loss!r}")
@@ -211,7 +211,7 @@ def pack(
 @app.command()
 def info(store: StorePath, as_json: Json = False) -> None:
     """What a store holds, and which encoder made it."""
-    from mmctx.memory.store import Store
+    from mmctx.store.store import Store
 
     answer = Store.open(store).describe()
     print_answer(answer, as_json, table(answer))
@@ -226,8 +226,8 @@ def _readers(
     pictures: list[str] | None,
     relations: list[str] | None,
 ) -> list[Any]:
-    from mmctx.memory.graphs import FORMATS, documents, pictures_by_name, read_graph
-    from mmctx.memory.read import Inputs
+    from mmctx.store.graphs import FORMATS, documents, pictures_by_name, read_graph
+    from mmctx.store.read import Inputs
 
     texts = tuple(text or ("txt",))
     if graph is None:
@@ -253,7 +253,7 @@ def _encoder(store: Any, name: str | None, objective: str | None) -> Any:
 
 def _fill(store: Any, encoder: Any, inputs: list[Iterable[Any]], index: str, as_json: bool) -> None:
     """Adds inputs, tidies up, brings the index up to date and prints what became of the documents."""
-    from mmctx.memory.ingest import Added, ingest
+    from mmctx.store.ingest import Added, ingest
 
     if index not in ("ivf", "hnsw", "none"):
         raise ConfigError(f"--index is ivf, hnsw or none, not {index!r}")

@@ -26,10 +26,10 @@ from mmctx.eval.context import EvalContext
 from mmctx.eval.intervals import wilson_interval
 from mmctx.eval.packages import require
 from mmctx.generate import read_prompts
-from mmctx.memory.entries import Document as Entry
-from mmctx.memory.entries import Part
 from mmctx.objectives.base import lay_out
 from mmctx.pack import IGNORE_INDEX, Document, MediaItem, pack_documents
+from mmctx.store.entries import Document as Entry
+from mmctx.store.entries import Part
 
 STATES = ("put", "changed", "removed")
 
@@ -105,9 +105,9 @@ def evaluate_knowledge(context: EvalContext) -> dict[str, Any]:
     `accuracy` is the share of the answer that the store holds (after the removal: held last, so that it must fall to chance), `cited` that
     of questions whose own fact was found. Empty where the run has no similarity objective.
     """
-    from mmctx.memory.encoders.checkpoint import CheckpointEncoder
-    from mmctx.memory.ingest import ingest
-    from mmctx.memory.store import Store
+    from mmctx.store.encoders.checkpoint import CheckpointEncoder
+    from mmctx.store.ingest import ingest
+    from mmctx.store.store import Store
 
     heads = [name for name, objective in context.objectives.items() if objective.kind == "similarity"]
     if not heads or context.config.knowledge is None:
@@ -149,7 +149,7 @@ class _Reader:
 
     def with_store(self, question: Question, store: Any, encoder: Any) -> tuple[str, bool]:
         """(answer, whether its fact was cited)."""
-        from mmctx.memory.recall import recall
+        from mmctx.store.recall import recall
 
         asking = _segments(question)
         config = self._context.config.knowledge

@@ -16,11 +16,11 @@ pytest.importorskip("lancedb", reason="pip install 'mmctx[memory]'")
 from made_stores import DIM, MADE_BY, brute_force, found_rows, said, text_store, unit_vectors
 
 from mmctx.errors import ConfigError, DataError, MmctxError
-from mmctx.memory import index
-from mmctx.memory.entries import Document, Part, Triple
-from mmctx.memory.lock import writing
-from mmctx.memory.provenance import Provenance
-from mmctx.memory.store import Store
+from mmctx.store import index
+from mmctx.store.entries import Document, Part, Triple
+from mmctx.store.lock import writing
+from mmctx.store.provenance import Provenance
+from mmctx.store.store import Store
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -209,7 +209,7 @@ def test_folders_that_hold_none(tmp_path: Path) -> None:
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
     store = Store.create(tmp_path / "store", MADE_BY)
     store.timeout = 0.2
-    held = "import sys, time; from pathlib import Path; from mmctx.memory.lock import writing\n"
+    held = "import sys, time; from pathlib import Path; from mmctx.store.lock import writing\n"
     held += "with writing(Path(sys.argv[1]), 1): print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", held, str(store.path)], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None

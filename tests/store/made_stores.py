@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mmctx.memory.entries import Document, Part
-from mmctx.memory.provenance import Provenance
-from mmctx.memory.store import Store
+from mmctx.store.entries import Document, Part
+from mmctx.store.provenance import Provenance
+from mmctx.store.store import Store
 
 DIM = 24
 MADE_BY = Provenance("made", "0123456789abcdef", DIM, ("text", "image"))

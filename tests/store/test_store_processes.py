@@ -16,8 +16,8 @@ pytest.importorskip("lancedb", reason="pip install 'mmctx[memory]'")
 
 import store_worker
 
-from mmctx.memory.provenance import Provenance
-from mmctx.memory.store import Store
+from mmctx.store.provenance import Provenance
+from mmctx.store.store import Store
 
 WORKER = str(Path(__file__).with_name("store_worker.py"))
 KILLS = 4

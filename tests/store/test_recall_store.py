@@ -11,11 +11,11 @@ from test_memory_read import Hashes
 from tiny import png
 
 from mmctx.errors import ConfigError, DataError
-from mmctx.memory.entries import Document, Part, Triple
-from mmctx.memory.ingest import ingest
-from mmctx.memory.provenance import Provenance
-from mmctx.memory.recall import cite, recall
-from mmctx.memory.store import Store
+from mmctx.store.entries import Document, Part, Triple
+from mmctx.store.ingest import ingest
+from mmctx.store.provenance import Provenance
+from mmctx.store.recall import cite, recall
+from mmctx.store.store import Store
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from mmctx.errors import DataError, MmctxError
-from mmctx.memory.entries import Document, Part, Triple
-from mmctx.memory.provenance import Provenance
+from mmctx.store.entries import Document, Part, Triple
+from mmctx.store.provenance import Provenance
 
 TABLE = "entries"
 COLUMNS = ("id", "part", "kind", "text", "media", "path", "subject", "relation", "object", "facts", "source", "content")

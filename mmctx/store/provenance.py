@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmctx.errors import DataError
-from mmctx.memory.entries import Kind
+from mmctx.store.entries import Kind
 
 _KEY = b"mmctx_memory"
 _FORMAT = 1

@@ -17,9 +17,9 @@ from mmctx import api
 from mmctx.config import build_config
 from mmctx.errors import CheckpointError, ConfigError, SampleError
 from mmctx.eval.views import embed_views
-from mmctx.memory.entries import Document
-from mmctx.memory.ingest import embed_documents
-from mmctx.memory.read import Inputs
+from mmctx.store.entries import Document
+from mmctx.store.ingest import embed_documents
+from mmctx.store.read import Inputs
 from mmctx.train.config import RunConfig
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from mmctx.errors import ConfigError
-from mmctx.memory.encoders.base import Encoder
-from mmctx.memory.entries import Document, Kind
-from mmctx.memory.read import media_bytes
-from mmctx.memory.store import Store
+from mmctx.store.encoders.base import Encoder
+from mmctx.store.entries import Document, Kind
+from mmctx.store.read import media_bytes
+from mmctx.store.store import Store
 
 Segment = tuple[Kind, str | bytes]
 """A text, or the bytes of a picture or clip."""

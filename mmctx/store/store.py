@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from mmctx.errors import DataError
-from mmctx.memory import table as rows_module
-from mmctx.memory.entries import Document, Hit, Kind
-from mmctx.memory.index import Index
-from mmctx.memory.lock import writing
-from mmctx.memory.provenance import Provenance
-from mmctx.memory.table import COLUMNS, TABLE, any_of, documents_of, lancedb, quoted, rows
+from mmctx.store import table as rows_module
+from mmctx.store.entries import Document, Hit, Kind
+from mmctx.store.index import Index
+from mmctx.store.lock import writing
+from mmctx.store.provenance import Provenance
+from mmctx.store.table import COLUMNS, TABLE, any_of, documents_of, lancedb, quoted, rows
 
 _FOUND = ["id", "part", "kind", "text", "source", "shown", "_distance"]
 _AT_ONCE = 1000

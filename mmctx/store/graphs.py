@@ -10,9 +10,9 @@ from urllib.parse import unquote
 
 from mmctx.datasets.build.members import LeftOut
 from mmctx.errors import DataError
-from mmctx.memory.entries import Document, Part, Triple
-from mmctx.memory.read import media_bytes
-from mmctx.memory.wordnet import read_wordnet
+from mmctx.store.entries import Document, Part, Triple
+from mmctx.store.read import media_bytes
+from mmctx.store.wordnet import read_wordnet
 
 Format = Literal["wordnet", "ntriples", "tsv"]
 FORMATS: tuple[Format, ...] = ("wordnet", "ntriples", "tsv")

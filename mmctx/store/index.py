@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from mmctx.errors import ConfigError
-from mmctx.memory.entries import KINDS
-from mmctx.memory.table import quoted
+from mmctx.store.entries import KINDS
+from mmctx.store.table import quoted
 
 FILE = "index.json"
 SMALLEST = 5_000

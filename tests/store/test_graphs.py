@@ -8,10 +8,10 @@ import pytest
 from tiny import png, write_shard
 
 from mmctx.errors import DataError
-from mmctx.memory.entries import Part, Triple
-from mmctx.memory.graphs import Fact, documents, pictures_by_name, read_graph, verbalise
-from mmctx.memory.read import Inputs
-from mmctx.memory.wordnet import MEANS
+from mmctx.store.entries import Part, Triple
+from mmctx.store.graphs import Fact, documents, pictures_by_name, read_graph, verbalise
+from mmctx.store.read import Inputs
+from mmctx.store.wordnet import MEANS
 
 WORDNET = Path("/usr/share/wordnet")
 

@@ -12,11 +12,11 @@ from tiny import book, flac, png, triple, write_shard
 
 from mmctx.datasets.build.members import LeftOut
 from mmctx.errors import DataError
-from mmctx.memory.entries import Document, Part
-from mmctx.memory.ingest import ingest
-from mmctx.memory.provenance import Provenance
-from mmctx.memory.read import Inputs, media_bytes, read_ids
-from mmctx.memory.store import Store
+from mmctx.store.entries import Document, Part
+from mmctx.store.ingest import ingest
+from mmctx.store.provenance import Provenance
+from mmctx.store.read import Inputs, media_bytes, read_ids
+from mmctx.store.store import Store
 
 
 class Hashes:
@@ -85,7 +85,7 @@ def test_media_by_path(tmp_path: Path) -> None:
     assert (hits[0].id, round(hits[0].score, 4)) == ("triple0002", 1.0)
     write_shard(tmp_path / "b.tar", [triple(2) | {"png": png(77)}])
     (tmp_path / "b.tar").replace(shard)
-    from mmctx.memory.read import _opened
+    from mmctx.store.read import _opened
 
     _opened.cache_clear()
     with pytest.raises(DataError, match=r"a.tar#triple0002.png: not what was added"):

@@ -19,7 +19,7 @@ from mmctx.datasets.shards.contents import check_texts, media_of, parse_json, pa
 from mmctx.datasets.shards.index import expand_shards, index_shards
 from mmctx.datasets.shards.source import Source
 from mmctx.errors import DataError, SampleError
-from mmctx.memory.entries import Document, Kind, Part
+from mmctx.store.entries import Document, Kind, Part
 
 Found = Document | LeftOut
 """A document, or what cannot become one, and why."""

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from mmctx.errors import ConfigError
-from mmctx.memory.encoders.base import by_kind, fingerprint_files
-from mmctx.memory.entries import Kind
-from mmctx.memory.provenance import Provenance
+from mmctx.store.encoders.base import by_kind, fingerprint_files
+from mmctx.store.entries import Kind
+from mmctx.store.provenance import Provenance
 
 
 class TransformersEncoder:

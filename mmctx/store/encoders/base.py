@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from mmctx.errors import ConfigError
-from mmctx.memory.entries import Kind
-from mmctx.memory.provenance import Provenance
+from mmctx.store.entries import Kind
+from mmctx.store.provenance import Provenance
 
 BATCH = 32
 """Items of one kind that a library's model takes at a time."""

@@ -11,9 +11,9 @@ import numpy as np
 
 from mmctx.datasets.build.members import LeftOut
 from mmctx.errors import SampleError
-from mmctx.memory.encoders.base import Encoder
-from mmctx.memory.entries import Document
-from mmctx.memory.store import Store
+from mmctx.store.encoders.base import Encoder
+from mmctx.store.entries import Document
+from mmctx.store.store import Store
 
 CHUNK = 512
 """Documents of one commit: what a kill can lose at most is encoded again."""

@@ -14,7 +14,7 @@ pytest.importorskip("lancedb", reason="pip install 'mmctx[memory]'")
 
 from made_stores import brute_force, found_rows, said, text_store, unit_vectors
 
-from mmctx.memory.store import Store
+from mmctx.store.store import Store
 
 COUNT, DIM = 100_000, 64
 READER = """
@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 sys.path.insert(0, sys.argv[2])
 from made_stores import unit_vectors
-from mmctx.memory.store import Store
+from mmctx.store.store import Store
 store, queries, turns = Store.open(sys.argv[1]), unit_vectors(20, 64, seed=7, rank=16), 0
 print("reading", flush=True)
 while not Path(sys.argv[1], "..", "stop").exists():

@@ -20,12 +20,12 @@ from mmctx.datasets.build.stream import Item
 from mmctx.datasets.build.writer import BuildOptions, Source, build_shards
 from mmctx.datasets.shards.index import expand_shards
 from mmctx.errors import ConfigError, DataError, SampleError
-from mmctx.memory.encoders.base import Encoder
-from mmctx.memory.entries import Document, Part
-from mmctx.memory.ingest import chunks
-from mmctx.memory.read import Inputs
-from mmctx.memory.recall import segments_of
-from mmctx.memory.store import Store
+from mmctx.store.encoders.base import Encoder
+from mmctx.store.entries import Document, Part
+from mmctx.store.ingest import chunks
+from mmctx.store.read import Inputs
+from mmctx.store.recall import segments_of
+from mmctx.store.store import Store
 
 Learned = Literal["all", "own", "answer"]
 """Texts that causal objectives predict: all, those of the document itself, or its last one."""

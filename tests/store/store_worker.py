@@ -1,7 +1,7 @@
 """A process that writes to a store, or reads from it, until it is killed.
 
-    python tests/memory/store_worker.py write STORE SEED
-    python tests/memory/store_worker.py read STORE
+    python tests/store/store_worker.py write STORE SEED
+    python tests/store/store_worker.py read STORE
 
 A generation is `SIZE` documents that come and go together, in one commit each; all say their generation and how often it was written. The
 writer prints a line before and one after each commit: what it printed after must last, whatever happens. The reader prints a line for each
@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mmctx.memory.entries import Document, Part
-from mmctx.memory.store import Store
+from mmctx.store.entries import Document, Part
+from mmctx.store.store import Store
 
 SIZE, GENERATIONS, DIM = 25, 8, 16
 

@@ -15,11 +15,11 @@ from tiny import flac, png, triple, words, write_shard
 from mmctx import api
 from mmctx.config import build_config
 from mmctx.errors import ConfigError, DataError
-from mmctx.memory.encoders.base import Encoder
-from mmctx.memory.ingest import ingest
-from mmctx.memory.pack import pack_neighbours
-from mmctx.memory.read import Inputs
-from mmctx.memory.store import Store
+from mmctx.store.encoders.base import Encoder
+from mmctx.store.ingest import ingest
+from mmctx.store.pack import pack_neighbours
+from mmctx.store.read import Inputs
+from mmctx.store.store import Store
 from mmctx.train.config import RunConfig
 
 

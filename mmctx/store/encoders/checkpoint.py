@@ -14,12 +14,12 @@ from mmctx.datasets.decode import decode_audio, decode_image
 from mmctx.errors import ConfigError, SampleError
 from mmctx.eval.documents import grouped
 from mmctx.eval.views import embed_with
-from mmctx.memory.encoders.base import fingerprint_files
-from mmctx.memory.entries import KINDS, Kind
-from mmctx.memory.provenance import Provenance
 from mmctx.objectives import build_data_halves
 from mmctx.pack import Document, MediaItem
 from mmctx.sample import Sample
+from mmctx.store.encoders.base import fingerprint_files
+from mmctx.store.entries import KINDS, Kind
+from mmctx.store.provenance import Provenance
 
 if TYPE_CHECKING:
     from mmctx.datasets.config import DataConfig

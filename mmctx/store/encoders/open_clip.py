@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from mmctx.errors import ConfigError, MmctxError
-from mmctx.memory.encoders.base import by_kind
-from mmctx.memory.encoders.transformers import pillow
-from mmctx.memory.entries import Kind
-from mmctx.memory.provenance import Provenance
+from mmctx.store.encoders.base import by_kind
+from mmctx.store.encoders.transformers import pillow
+from mmctx.store.entries import Kind
+from mmctx.store.provenance import Provenance
 
 
 class OpenClipEncoder:
