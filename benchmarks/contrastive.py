@@ -48,12 +48,13 @@ def measure(loss: str, pairs: int, channels: int, repeats: int) -> dict[str, Any
     assert_equal(loss, min(pairs, 1024), channels)
     tensors = problem(loss, pairs, channels)
     peaks = {side: peak(side, loss, pairs, channels) for side in SIDES}
+    growth = {n: peak("ours", loss, n, channels) for n in (pairs // 2, 2 * pairs)} | {pairs: peaks["ours"]}
     best = best_in_turns(
         {side: lambda f=function: f(loss, *tensors).backward() for side, function in SIDES.items()}, repeats
     )
     return {
         "peak_mib": {side: round(mib, 1) for side, mib in peaks.items()},
-        "our_peak_mib": {n: round(peak("ours", loss, n, channels), 1) for n in (pairs // 2, pairs, 2 * pairs)},
+        "our_peak_mib": {n: round(mib, 1) for n, mib in sorted(growth.items())},
         "times_less_memory": round(peaks["open_clip"] / peaks["ours"], 2),
         "seconds": {side: round(found["clock"], 3) for side, found in best.items()},
         "time_ratio": {by: round(best["ours"][by] / best["open_clip"][by], 3) for by in ("clock", "processor")},

@@ -10,7 +10,6 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from open_clip.loss import ClipLoss, SigLipLoss
 from peak import peak_mib
 from torch import Tensor
 
@@ -19,6 +18,8 @@ from mmctx.objectives.contrast import Partners, info_nce, pairwise_sigmoid
 
 def theirs(loss: str, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """open_clip's mean loss."""
+    from open_clip.loss import ClipLoss, SigLipLoss
+
     return ClipLoss()(a, b, scale) if loss == "softmax" else SigLipLoss()(a, b, scale, bias)
 
 

@@ -40,7 +40,7 @@ class Case(NamedTuple):
 
 CASES = {
     "ddp": Case(200, {}),
-    "fsdp2": Case(200, {"distribution": {"kind": "fsdp2"}}),
+    "fsdp2": Case(60, {"distribution": {"kind": "fsdp2"}}),
     "fsdp2, recomputed in chunks": Case(
         5, {"distribution": {"kind": "fsdp2"}, "activations": {"checkpoint": "full", "media_chunk": 1, "mlp_tile": 16}}
     ),
