@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mmctx.datasets.build.catalogue import load_catalogue
+from mmctx.datasets.build.catalogue import Emoji, load_catalogue
 from mmctx.datasets.build.members import Medium, Rendered, plain_sample
 from mmctx.datasets.build.render import render_picture
 from mmctx.datasets.build.stream import Item
@@ -27,6 +27,7 @@ def build_emoji_names(
     languages: Sequence[str],
     image_size: int = 128,
     limit: int | None = None,
+    shuffled: bool = False,
     options: BuildOptions | None = None,
 ) -> dict[str, Any]:
     """Shards of (picture, name), a sample for each emoji and language; see `build_shards` for what is written.
@@ -37,6 +38,7 @@ def build_emoji_names(
         languages: such as ``fr``; English stands in ``names.en`` of the json member whatever they are.
         image_size: side of the pictures in pixels.
         limit: take only this many emoji, of all groups.
+        shuffled: a control: give every picture the names of another emoji.
 
     Raises:
         DataError: a package of the demo is missing, or does not know a language.
@@ -46,10 +48,11 @@ def build_emoji_names(
         raise ConfigError("languages: name at least one, such as fr")
     catalogue = load_catalogue(tuple(sorted(set(languages))))
     emoji = [item for item in catalogue.emoji if not _VARIANTS.search(item.text)][:limit]
+    named = [*emoji[1:], *emoji[:1]] if shuffled else emoji
     items = mix(
-        Item(f"{item.key}@{language}", (item, language, name), item.picture)
-        for item in emoji
-        for language, name in (("en", item.name), *item.names)
+        Item(f"{item.key}@{language}", (item, other, language), item.picture)
+        for item, other in zip(emoji, named, strict=True)
+        for language in _names(other)
         if language in languages
     )
     source = Source(
@@ -60,18 +63,25 @@ def build_emoji_names(
             sorted(set(languages)),
             image_size,
             limit,
+            shuffled,
         ],
         items=listed(items),
         render=functools.partial(_render, image_size=image_size),
         total=len(items),
         costly=True,
-        facts={"emoji": len(emoji), "languages": dict(Counter(item.payload[1] for item in items).most_common())},
+        facts={"emoji": len(emoji), "languages": dict(Counter(item.payload[2] for item in items).most_common())},
     )
     return build_shards(source, out, options or BuildOptions())
 
 
+def _names(emoji: Emoji) -> dict[str, str]:
+    return {"en": emoji.name, "zh": emoji.name_zh, **dict(emoji.names)}
+
+
 def _render(item: Item, image_size: int) -> Rendered:
-    emoji, language, name = item.payload
+    emoji, named, language = item.payload
     picture = Medium("image", emoji.svg, data=render_picture(emoji.svg, image_size))
-    names = {"en": emoji.name, "zh": emoji.name_zh, **dict(emoji.names)}
-    return plain_sample(item.key, [picture], name, {"emoji": emoji.text, "language": language, "names": names})
+    names = _names(named)
+    return plain_sample(
+        item.key, [picture], names[language], {"emoji": emoji.text, "language": language, "names": names}
+    )

@@ -81,6 +81,7 @@ def emoji_names(
     language: Annotated[list[str], typer.Option(help="Such as fr; may be repeated.")],
     image_size: Annotated[int, typer.Option(help="Side of the pictures in pixels.")] = 128,
     limit: Annotated[int | None, typer.Option(help="Only so many emoji, for a quick look.")] = None,
+    shuffled: Annotated[bool, typer.Option("--shuffled", help="A control: names of other emoji.")] = False,
     heldout: Heldout = 0.0,
     per_shard: PerShard = 1000,
     shard_mb: ShardMb = 256,
@@ -91,7 +92,8 @@ def emoji_names(
     from mmctx.datasets.build.emoji_names import build_emoji_names
 
     limits = (heldout, per_shard, shard_mb, workers)
-    run(build_emoji_names, as_json, limits, out=out, languages=language, image_size=image_size, limit=limit)
+    arguments = {"languages": language, "image_size": image_size, "limit": limit, "shuffled": shuffled}
+    run(build_emoji_names, as_json, limits, out=out, **arguments)
 
 
 @app.command()

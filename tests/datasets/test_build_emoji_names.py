@@ -48,6 +48,22 @@ def test_a_sample_for_each_emoji_and_language(tmp_path):
     assert build_emoji_names(tmp_path, **ARGUMENTS, options=BuildOptions(heldout=0.2, num_workers=1))["written"] == []
 
 
+def test_shuffled_gives_every_picture_the_names_of_another(tmp_path):
+    options = BuildOptions(num_workers=1)
+    build_emoji_names(tmp_path / "right", **ARGUMENTS, options=options)
+    build_emoji_names(tmp_path / "shuffled", **ARGUMENTS, shuffled=True, options=options)
+    right, shuffled = (
+        {
+            s["__key__"]: (s["png"], s["txt"], json.loads(s["json"])["names"]["en"])
+            for s in read(tmp_path / name, "train")
+        }
+        for name in ("right", "shuffled")
+    )
+    assert right.keys() == shuffled.keys()
+    assert all(right[key][0] == shuffled[key][0] and right[key][2] != shuffled[key][2] for key in right)
+    assert sorted(text for _, text, _ in right.values()) == sorted(text for _, text, _ in shuffled.values())
+
+
 def test_names_are_those_of_the_package():
     emoji = {item.text: dict(item.names) for item in load_catalogue(("es", "fr")).emoji}
     assert emoji["\N{FROG FACE}"] == {"es": "rana", "fr": "grenouille"}
