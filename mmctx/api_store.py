@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from mmctx.errors import CheckpointError
 from mmctx.store.encoders.base import Encoder
 from mmctx.store.recall import Recall, Segment, recall
 from mmctx.store.store import Store
@@ -52,7 +53,12 @@ def encoder_of(store: Store, name: str | None = None, objective: str | None = No
         CheckpointError: see `open_encoder`.
     """
     about = store.provenance
-    encoder = open_encoder(name or about.encoder, objective or about.head)
+    try:
+        encoder = open_encoder(name or about.encoder, objective or about.head)
+    except CheckpointError as error:
+        if name is not None:
+            raise
+        raise CheckpointError(f"{error}; it made {store.path}: if it has moved, say where to by --encoder") from None
     about.check(encoder.provenance, store.path)
     return encoder
 

@@ -63,6 +63,7 @@ def test_a_reader_that_copies_follows_the_store(
     assert SUITES["knowledge"].headline(found)["changed"] == 1.0
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_numbers_of_one(tree: dict[str, Any], questions: Path) -> None:
     tree["eval"]["knowledge"] = {"questions": str(questions), "neighbours": 2}
     context = far_from_neutral(tree)
