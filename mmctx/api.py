@@ -10,6 +10,7 @@ import torch
 
 from mmctx import config as config_module
 from mmctx import eval as evaluation
+from mmctx.api_store import encoder_of, open_encoder, recall_from
 from mmctx.datasets.assemble import RunData, build_data
 from mmctx.datasets.planning.plan import Plan
 from mmctx.errors import ConfigError, DataError, MmctxError
@@ -18,7 +19,6 @@ from mmctx.eval.results import add_results
 from mmctx.model import MmctxModel
 from mmctx.pack import PackedBatch
 from mmctx.pretrained.export import export as export_model
-from mmctx.store.encoders.base import Encoder
 from mmctx.train.audit import audit
 from mmctx.train.build import build_model as _build_model
 from mmctx.train.card import write_card
@@ -160,32 +160,6 @@ def report(*runs: str | Path, out: str | Path | None = None) -> Path:
     return path
 
 
-def open_encoder(name: str, objective: str | None = None) -> Encoder:
-    """An encoder for a knowledge store.
-
-    Args:
-        name: a checkpoint or run folder, whose similarity head embeds; `transformers:FOLDER`; or `open_clip:ARCHITECTURE@WEIGHTS`.
-        objective: which similarity objective of the run; its first by default.
-
-    Raises:
-        ConfigError: there is no such encoder, or the run has no similarity objective.
-        CheckpointError: there is no whole checkpoint.
-    """
-    library, colon, model = name.partition(":")
-    if colon and library == "transformers":
-        from mmctx.store.encoders.transformers import TransformersEncoder
-
-        return TransformersEncoder(model, name)
-    if colon and library == "open_clip":
-        from mmctx.store.encoders.open_clip import OpenClipEncoder
-
-        return OpenClipEncoder(model, name)
-    from mmctx.store.encoders.checkpoint import CheckpointEncoder
-
-    folder = resolve_checkpoint(Path(name))
-    return CheckpointEncoder.of_run(*read_model(folder), folder / "model.safetensors", name, objective)
-
-
 def _named(folders: Sequence[Path]) -> dict[str, Path]:
     """Run folders by the name that a page calls them: the folder's, with as many folders above it as it takes to tell them apart."""
     if not folders:
@@ -306,6 +280,7 @@ __all__ = [
     "audit",
     "build_dataset",
     "build_model",
+    "encoder_of",
     "evaluate",
     "export_encoders",
     "export_trunk",
@@ -313,6 +288,7 @@ __all__ = [
     "load_model",
     "open_encoder",
     "recall_curve",
+    "recall_from",
     "report",
     "train",
 ]

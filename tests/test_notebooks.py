@@ -18,7 +18,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "notebooks"
-NAMES = ["01_quickstart", "02_packing_and_plan", "03_long_context", "04_embeddings", "05_your_data"]
+NAMES = ["01_quickstart", "02_packing_and_plan", "03_long_context", "04_embeddings", "05_your_data", "06_memory"]
 MOST_KIB = 350
 MACHINE = re.compile(r"""(?<![\w.:/\\-])/(?:work|tmp|home|root|Users|opt|usr|var|mnt|check)\b|[A-Z]:\\""")
 TOOLS = runpy.run_path(str(FOLDER / "execute.py"))

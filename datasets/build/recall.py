@@ -64,7 +64,7 @@ def build_recall(
     source = Source(
         kind="recall",
         origin=f"seed {seed}",
-        recipe=[RECIPE_VERSION, seed, picture_tokens, counts, *["picture values"] * picture_values],
+        recipe=[RECIPE_VERSION, seed, picture_tokens, counts, *["picture values 2"] * picture_values],
         items=functools.partial(_items, counts),
         render=functools.partial(_render, seed=seed, picture_tokens=picture_tokens, picture_values=picture_values),
         total=max(count for _, count in counts.values()),

@@ -33,6 +33,7 @@ _SHARES_WITH_SHOWN = {"recall": 0.5, "needle": 0.15, "picture": 0.15, SHOWN: 0.2
 _FILLER_SHARE = 0.2
 _ROUND_FILLER = 0.1  # before a fact of a warm-up document
 _MOST_ASKED = 64  # of each kind
+_MOST_WITH_SHOWN = len(KEYS) // 4  # where two kinds share keys: as many keys are left to the stream as are asked
 _TOKENS_PER_ASKED = 128  # a shorter document asks fewer
 
 
@@ -158,7 +159,8 @@ class _Writer:
             self.keys[SHOWN] = self.keys["recall"]  # the same words: a key may have either kind of value
 
     def write(self) -> RecallDocument:
-        each = max(1, min(_MOST_ASKED, self.length // _TOKENS_PER_ASKED))
+        most = _MOST_WITH_SHOWN if SHOWN in self.shares else _MOST_ASKED
+        each = max(1, min(most, self.length // _TOKENS_PER_ASKED))
         asked = [self._new(kind) for kind in self.shares for _ in range(each)]
         stated_tokens, asked_tokens = (
             self._tokens([piece for fact in asked for piece in fact.pieces(learned)]) for learned in (False, True)

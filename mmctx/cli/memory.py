@@ -80,11 +80,12 @@ def add(
     as_json: Json = False,
 ) -> None:
     """Add documents; those whose id is there take its place if they differ."""
+    from mmctx import api
     from mmctx.store.store import Store
 
     opened = Store.open(store)
     readers = _readers(inputs, text, by_path, prefix, graph, pictures, relation)
-    _fill(opened, _encoder(opened, encoder, objective), readers, index, as_json)
+    _fill(opened, api.encoder_of(opened, encoder, objective), readers, index, as_json)
 
 
 @app.command()
@@ -141,6 +142,7 @@ def query(
     as_json: Json = False,
 ) -> None:
     """Find what is most similar to a text, a picture or a clip. Exits with 1 if there is nothing."""
+    from mmctx import api
     from mmctx.store.entries import KINDS
     from mmctx.store.recall import embed_query
     from mmctx.store.store import Store
@@ -155,7 +157,7 @@ def query(
     opened = Store.open(store)
     name, value = asked[0]
     content = value if isinstance(value, str) else _read(value)
-    vector = embed_query(opened, _encoder(opened, encoder, objective), name, content)
+    vector = embed_query(opened, api.encoder_of(opened, encoder, objective), name, content)
     (hits,) = opened.search(vector, k, kinds=kind or (), source=source, exact=exact)  # type: ignore[arg-type]
     shown = [{**_fields(hit), "score": round(hit.score, 4)} for hit in hits]
     lines = [f"{hit.score:7.4f}  {hit.id}  {hit.kind}  {(hit.text or '')[:90]!r}" for hit in hits]
@@ -184,6 +186,7 @@ def pack(
     as_json: Json = False,
 ) -> None:
     """Write shards of documents that begin with their nearest neighbours in a store: exact search, no duplicates of themselves."""
+    from mmctx import api
     from mmctx.datasets.build.writer import BuildOptions
     from mmctx.store.pack import pack_neighbours
     from mmctx.store.store import Store
@@ -197,7 +200,7 @@ def pack(
             opened,
             shards,
             out,
-            lambda: _encoder(opened, encoder, objective),
+            lambda: api.encoder_of(opened, encoder, objective),
             neighbours=neighbours,
             learned=cast(Any, loss),
             among=among,
@@ -239,16 +242,6 @@ def _readers(
     named = pictures_by_name(document for where in pictures or () for document in Inputs(where, texts))
     wanted = relations or ()
     return [documents(read_graph(Path(where), graph), where, named, wanted, prefix) for where in inputs]  # type: ignore[arg-type]
-
-
-def _encoder(store: Any, name: str | None, objective: str | None) -> Any:
-    """The store's encoder, checked to be the one that made it."""
-    from mmctx import api
-
-    about = store.provenance
-    opened = api.open_encoder(name or about.encoder, objective or about.head)
-    about.check(opened.provenance, store.path)
-    return opened
 
 
 def _fill(store: Any, encoder: Any, inputs: list[Iterable[Any]], index: str, as_json: bool) -> None:

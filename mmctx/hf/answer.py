@@ -16,7 +16,6 @@ from mmctx.errors import CheckpointError, ConfigError
 from mmctx.hf.model import MmctxForConditionalGeneration
 from mmctx.hf.processor import MmctxProcessor
 from mmctx.hf_files import MODEL_TYPE
-from mmctx.tokenizer import PLACEHOLDERS
 
 
 class Part(NamedTuple):
@@ -24,11 +23,11 @@ class Part(NamedTuple):
 
     Attributes:
         kind: `text`, `image` or `audio`.
-        value: the text, or the file.
+        value: the text, or the file: its path or its bytes.
     """
 
     kind: str
-    value: str
+    value: str | bytes
 
 
 class Answer(NamedTuple):
@@ -95,7 +94,7 @@ def write_answer(
     logging.set_verbosity_error()
     folder = model_folder(checkpoint)
     processor: MmctxProcessor = AutoProcessor.from_pretrained(folder)
-    inputs = read_parts(processor, parts)
+    inputs = processor.read_parts(parts)
     model: Any = MmctxForConditionalGeneration.from_pretrained(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, inputs = model.to(device), inputs.to(device)
@@ -106,10 +105,3 @@ def write_answer(
     tokens = model.generate(**inputs, streamer=streamer, **options)[0, prompt:].tolist()
     text = processor.tokenizer.decode(tokens, skip_special_tokens=True)
     return Answer(str(text), tokens, prompt, time.perf_counter() - start)
-
-
-def read_parts(processor: MmctxProcessor, parts: Sequence[Part]) -> Any:
-    """Inputs of a prompt."""
-    media = {kind: [part.value for part in parts if part.kind == kind] or None for kind in PLACEHOLDERS}
-    text = "".join(PLACEHOLDERS.get(part.kind, part.value) for part in parts)
-    return processor(text=text, images=media["image"], audio=media["audio"])

@@ -111,9 +111,27 @@ class MmctxProcessor(ProcessorMixin):
         items = {kind: [self._item(kind, value, sampling_rate) for value in values] for kind, values in found.items()}
         waiting = {kind: iter(of_kind) for kind, of_kind in items.items()}
         ids = [self._lay_out(row, waiting, special_tokens) for row in rows]
-        pad_id = self.tokenizer.pad_token_id
-        pad_id = self.tokenizer.eos_token_id if pad_id is None else pad_id
-        return BatchFeature(pad_rows(ids, pad_id, padding_side) | media_inputs(items))
+        return BatchFeature(pad_rows(ids, self._pad_id(), padding_side) | media_inputs(items))
+
+    def read_parts(self, parts: Sequence[tuple[str, Any]]) -> BatchFeature:
+        """Inputs of one prompt that is given part by part, laid out as an interleaved document of training.
+
+        Each text is tokenized by itself, and marks of media and special tokens in it are plain characters.
+
+        Args:
+            parts: (`text`, text), (`image`, see `pixels_of`) or (`audio`, see `samples_of`), in reading order.
+
+        Raises:
+            DataError: the model has no encoder for a part, or it cannot be decoded.
+        """
+        ids, items = [np.zeros(0, np.int64)], {kind: [] for kind in MARKS.values()}
+        for kind, value in parts:
+            if kind == "text":
+                ids.append(self._tokenize(value))
+            else:
+                items[kind].append(item := self._item(kind, value, None))
+                ids.append(self._room_for(item))
+        return BatchFeature(pad_rows([np.concatenate(ids)], self._pad_id(), "left") | media_inputs(items))
 
     def _item(self, kind: str, value: Any, rate: int | None) -> MediaItem:
         if kind not in self.preprocessors:
@@ -127,13 +145,21 @@ class MmctxProcessor(ProcessorMixin):
         """(L,) int64 ids, placeholders for the embeddings of each item in turn."""
         parts = [np.zeros(0, np.int64)]
         for part in split_at_marks(row):
-            if (kind := MARKS.get(part)) is not None:
-                mark = self.tokenizer.convert_tokens_to_ids(PLACEHOLDERS[kind])
-                parts.append(np.full(next(waiting[kind]).num_tokens, mark, np.int64))
-            else:
-                found = self.tokenizer(part, add_special_tokens=False, split_special_tokens=not special_tokens)
-                parts.append(np.asarray(found["input_ids"], np.int64))
+            kind = MARKS.get(part)
+            parts.append(self._room_for(next(waiting[kind])) if kind else self._tokenize(part, special_tokens))
         return np.concatenate(parts)
+
+    def _room_for(self, item: MediaItem) -> np.ndarray:
+        """A placeholder for each of its embeddings."""
+        return np.full(item.num_tokens, self.tokenizer.convert_tokens_to_ids(PLACEHOLDERS[item.kind]), np.int64)
+
+    def _tokenize(self, text: str, special_tokens: bool = False) -> np.ndarray:
+        found = self.tokenizer(text, add_special_tokens=False, split_special_tokens=not special_tokens)
+        return np.asarray(found["input_ids"], np.int64)
+
+    def _pad_id(self) -> int:
+        pad_id = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad_id is None else pad_id
 
     def apply_chat_template(  # type: ignore[override]
         self,

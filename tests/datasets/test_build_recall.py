@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +160,14 @@ def test_warm_up_documents_go_round_the_same_facts(built: Path) -> None:
 def test_sizes_that_cannot_be_are_refused(tmp_path: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="lengths should be from 64 up to tokens=1024"):
         build_recall(tmp_path, **({"lengths": (64,), "tokens": 1024, "heldout_tokens": 1024} | wrong))
+
+
+def test_long_documents_with_picture_values_leave_keys_to_the_stream() -> None:
+    for length in (8192, 32768):
+        document = write_document(length, np.random.default_rng(0), picture_values=True)
+        tokens = laid_out(document, 1)
+        assert len(tokens) == length - 1
+        asked = [tokens[question.fact[0]] for question in document.questions if question.kind in ("recall", "shown")]
+        assert Counter(question.kind for question in document.questions) == dict.fromkeys([*KINDS, "shown"], 32)
+        assert len(set(asked)) == 64
+        assert len((set(tokens) & set(KEYS)) - set(asked)) >= 32

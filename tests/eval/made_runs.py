@@ -169,6 +169,14 @@ def all_results(edge: int = 1024) -> dict[str, Any]:
         "needle": grid(("single", "multi_key", "picture"), lengths, edge),
         "passkey": grid(("passkey",), lengths, edge),
         "world": grid(("before", "count"), lengths, edge),
+        "knowledge": {
+            "put": known | {"cited": 1.0},
+            "changed": known | {"cited": 0.9, "stale": 0.05},
+            "removed": known | {"accuracy": 0.02, "low": 0.0, "high": 0.1, "cited": 0.0, "stale": 0.0},
+            "without": known | {"accuracy": 0.04, "low": 0.0, "high": 0.12},
+            "chance": 0.03125,
+            "n": 80,
+        },
         "memory_recall": {
             "window": 32,
             "reach": 32,

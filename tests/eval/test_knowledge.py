@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from contexts import far_from_neutral
 from tiny import png, words
+from two_ranks import on_two_ranks
 
 from mmctx.config import build_config
 from mmctx.errors import ConfigError, DataError
@@ -60,6 +61,15 @@ def test_a_reader_that_copies_follows_the_store(
     assert found["removed"]["accuracy"] < 0.6  # what is found instead belongs to something else
     assert found["without"]["accuracy"] == 0
     assert SUITES["knowledge"].headline(found)["changed"] == 1.0
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_numbers_of_one(tree: dict[str, Any], questions: Path) -> None:
+    tree["eval"]["knowledge"] = {"questions": str(questions), "neighbours": 2}
+    context = far_from_neutral(tree)
+    alone = evaluate(context, ["knowledge"])
+    assert len({alone["knowledge"][state]["accuracy"] for state in ("put", "removed", "without")}) > 1
+    assert on_two_ranks(context, lambda one: evaluate(one, ["knowledge"])) == [alone, alone]
 
 
 def test_what_is_missing_is_named_before_training(tree: dict[str, Any], questions: Path, tmp_path: Path) -> None:

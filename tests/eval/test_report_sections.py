@@ -34,7 +34,7 @@ class TestSections:
                 assert "<polyline" in draw_lines(part)
 
     def test_suites_without_a_section_are_those_shown_elsewhere_or_plainly(self) -> None:
-        assert set(SUITES) - set(SECTIONS) == {"loss", "attribution", "knowledge"}
+        assert set(SUITES) - set(SECTIONS) == {"loss", "attribution"}
 
     def test_chance_and_intervals_are_those_of_the_results(self) -> None:
         section = SECTIONS["retrieval"](all_results()["retrieval"])
@@ -45,6 +45,20 @@ class TestSections:
         first = table.rows[0].cells[0]
         assert first is not None
         assert (first.share, first.chance, first.about) == (0.25, 0.0125, "95% interval 10.0% to 40.0%")
+
+    def test_a_store_s_states_stand_in_order_with_chance_where_answers_are_told(self) -> None:
+        section = SECTIONS["knowledge"](all_results()["knowledge"])
+        assert section is not None
+        (table,) = section.parts
+        assert isinstance(table, Table)
+        assert [row.label for row in table.rows] == ["put in", "then changed", "then removed", "without the store"]
+        shown = [[cell and (cell.text, cell.chance) for cell in row.cells] for row in table.rows]
+        assert shown[0] == [("80.0%", 0.03125), None, ("100.0%", None)]
+        assert shown[1] == [("80.0%", 0.03125), ("5.0%", 0.03125), ("90.0%", None)]
+        assert shown[2] == [("2.0%", 0.03125), ("0.0%", 0.03125), ("0.0%", None)]
+        assert shown[3] == [("4.0%", 0.03125), None, None]
+        assert "80 questions" in section.about
+        assert "3.1%" in section.about
 
     def test_heat_maps_have_depths_downwards_and_lengths_to_the_right(self) -> None:
         section = SECTIONS["passkey"](all_results(edge=1024)["passkey"])

@@ -272,6 +272,21 @@ def test_pillow_pictures_are_read_as_files_are(parts: Any, tmp_path: Path) -> No
         assert torch.equal(processor(images=other)["pixel_values"], from_file["pixel_values"])
 
 
+def test_a_prompt_in_parts_is_read_as_one_with_marks(parts: Any) -> None:
+    _, processor = parts
+    (image, other), (clip, _) = IMAGES[:2], CLIPS
+    marked = processor(text="red<|image|>and<|audio|><|image|>", images=[image, other], audio=clip)
+    found = processor.read_parts(
+        [("text", "red"), ("image", image), ("text", "and"), ("audio", clip), ("image", other)]
+    )
+    assert found.keys() == marked.keys()
+    assert all(torch.equal(found[name], marked[name]) for name in marked)
+    spelt = processor.read_parts([("text", "<|image|>"), ("text", "cat")])
+    assert spelt.keys() == {"input_ids", "attention_mask"}  # plain characters, as in training
+    assert processor.tokenizer.decode(spelt["input_ids"][0]) == "<|image|>cat"
+    assert not set(spelt["input_ids"][0].tolist()) & set(parts[0].placeholder_ids.values())
+
+
 def test_no_placeholder_is_written(parts: Any, checkpoint: Path, tmp_path: Path) -> None:
     from hf_folders import as_earlier
 

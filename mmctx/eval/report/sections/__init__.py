@@ -12,6 +12,7 @@ from typing import Any
 from mmctx.eval.report.pieces import Section
 from mmctx.eval.report.sections.caption import caption_section
 from mmctx.eval.report.sections.embeddings import probe_section, sts_section, zero_shot_section
+from mmctx.eval.report.sections.knowledge import knowledge_section
 from mmctx.eval.report.sections.labels import classification_section, regression_section
 from mmctx.eval.report.sections.loss_by_position import loss_by_position_section
 from mmctx.eval.report.sections.masked_lm import masked_lm_section, next_sentence_section
@@ -43,6 +44,7 @@ SECTIONS: dict[str, Callable[[Mapping[str, Any]], Section | None]] = {
     "world": grid_section("world", "A small world", "Questions about who is where and has what, after a long story."),
     "recall": recall_section,
     "memory_recall": memory_recall_section,
+    "knowledge": knowledge_section,
 }
 """In the order of the page."""
 
