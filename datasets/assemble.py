@@ -106,7 +106,7 @@ def build_data(
         ConfigError: the tokenizer cannot be loaded, or a source names an objective that is not defined.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers are the parallelism
-    tokenizer = TextTokenizer(data.tokenizer)
+    tokenizer = TextTokenizer(data.tokenizer, data.bos)
     halves = build_data_halves(objectives, tokenizer)
     preprocessors, work = build_preprocessors(model), estimate_work(model, len(tokenizer))
     quarantine = Quarantine.load(data.quarantine) if data.quarantine else Quarantine(())

@@ -57,6 +57,9 @@ class DataConfig(StrictModel):
     """Folder of a Transformers fast tokenizer."""
     sources: dict[str, SourceConfig]
     """Named sources."""
+    bos: bool = False
+    """Whether every document begins with the tokenizer's `bos_token`, as weights of Llama and Mistral are used to. It is read, never
+    predicted, and counts among the document's tokens. Documents that begin with `[CLS]` do not have it."""
     context_length: int = Field(default=2048, ge=1)
     """Longest document in tokens; `long_documents` of its source says what becomes of longer ones."""
     bin_tokens: int = Field(default=8192, ge=1)

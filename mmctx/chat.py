@@ -71,19 +71,21 @@ class ChatTemplate:
         source: the template.
         special: the tokenizer's special tokens. One that follows an answer ends it, and is part of it.
         names: such as `bos_token` and `eos_token`, for the template.
+        begin: left out where the template writes it first of all: documents begin with it anyway.
     """
 
     source: str = DEFAULT_TEMPLATE
     special: tuple[str, ...] = ()
     names: Mapping[str, str] = field(default_factory=lambda: {"eos_token": ""})
+    begin: str = ""
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerFast) -> ChatTemplate:
-        """The template of a Transformers tokenizer, `DEFAULT_TEMPLATE` where it has none."""
+    def of(cls, tokenizer: PreTrainedTokenizerFast, bos: bool = False) -> ChatTemplate:
+        """The template of a Transformers tokenizer, `DEFAULT_TEMPLATE` where it has none; `bos`: documents begin with its `bos_token`."""
         source = tokenizer.get_chat_template() if tokenizer.chat_template else DEFAULT_TEMPLATE
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         names = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-        return cls(source, tuple(sorted(special, key=len, reverse=True)), names)
+        return cls(source, tuple(sorted(special, key=len, reverse=True)), names, names["bos_token"] if bos else "")
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False) -> str:
         """The conversation as one text, as `apply_chat_template(tokenize=False)` gives it.
@@ -118,7 +120,7 @@ class ChatTemplate:
         if list(map(int, pieces[1::2])) != list(range(len(owners))):
             raise SampleError("bad_json", "the chat template leaves out, repeats or moves what messages say")
         contents = self._as_rendered(messages, contents, pieces[::2])
-        parts = [Part("text", pieces[0], control=True)]
+        parts = [Part("text", pieces[0].removeprefix(self.begin), control=True)]
         for owner, (kind, value), after in zip(
             owners, (p for parts in contents for p in parts), pieces[2::2], strict=True
         ):

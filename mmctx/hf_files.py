@@ -51,16 +51,18 @@ def describe_model(
 
 
 def special_tokens(tokenizer: TextTokenizer) -> dict[str, int]:
-    """Ids by what they stand for: `image`, `audio`, `mask`, `embed`, `eos`."""
+    """Ids by what they stand for: `image`, `audio`, `mask`, `embed`, `eos`, and `bos` where documents begin with it."""
     ours = {"mask": tokenizer.mask_id, "embed": tokenizer.embed_id, "eos": tokenizer.eos_id}
-    return dict(tokenizer.placeholder_ids) | ours
+    begin = {"bos": int(tokenizer.begin[0])} if len(tokenizer.begin) else {}
+    return dict(tokenizer.placeholder_ids) | ours | begin
 
 
 def generation_defaults(special: Mapping[str, int]) -> dict[str, Any]:
     """What `generate` does unless it is told: texts end at `eos`, and no placeholder is written, behind which there would be no media."""
     placeholders = [special[kind] for kind in MODALITIES if kind in special]
     eos = special.get("eos")
-    return {"eos_token_id": eos, "pad_token_id": eos, "suppress_tokens": placeholders or None}
+    begin = {"bos_token_id": special["bos"]} if "bos" in special else {}
+    return {**begin, "eos_token_id": eos, "pad_token_id": eos, "suppress_tokens": placeholders or None}
 
 
 def side_files(model: ModelConfig, tokenizer: TextTokenizer) -> dict[str, bytes]:
@@ -71,6 +73,7 @@ def side_files(model: ModelConfig, tokenizer: TextTokenizer) -> dict[str, bytes]
         "auto_map": PROCESSOR_AUTO_MAP,
         "image": model.image and model.image.model_dump(mode="json"),
         "audio": model.audio and model.audio.model_dump(mode="json"),
+        "bos": bool(len(tokenizer.begin)),
     }
     return {
         MODELING: MODELING_SOURCE.encode(),

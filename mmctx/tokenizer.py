@@ -34,15 +34,17 @@ class TextTokenizer:
         embed_id: whose state is an embedding.
         eos_id: end of text.
         cls_id: what BERT's documents begin with; None where the tokenizer has none.
+        begin: (1,) int64, the `bos_token` that documents begin with; (0,) where they begin with nothing.
 
     Args:
         path: folder of a Transformers fast tokenizer.
+        bos: see `DataConfig.bos`.
 
     Raises:
-        ConfigError: there is no fast tokenizer at `path`.
+        ConfigError: there is no fast tokenizer at `path`, or `bos` is set and it has no `bos_token`.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, bos: bool = False) -> None:
         from transformers import PreTrainedTokenizerFast  # slow to import
 
         if not (Path(path) / "tokenizer.json").is_file():
@@ -63,7 +65,10 @@ class TextTokenizer:
         self.mask_id = int(ids(mask))  # type: ignore[arg-type]
         self.embed_id = int(ids(EMBED))  # type: ignore[arg-type]
         self.eos_id = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
-        self.chat = ChatTemplate.of(tokenizer)
+        if bos and tokenizer.bos_token is None:
+            raise ConfigError(f"data.bos: true, but the tokenizer {str(path)!r} has no bos_token; leave it out")
+        self.begin = np.array([tokenizer.bos_token_id] if bos else [], dtype=np.int64)
+        self.chat = ChatTemplate.of(tokenizer, bos)
         tokenizer.chat_template = self.chat.source  # so that checkpoints say how conversations were laid out
         self.cls_id = None if tokenizer.cls_token is None else int(tokenizer.cls_token_id)  # type: ignore[arg-type]
 
@@ -77,7 +82,7 @@ class TextTokenizer:
         table = np.zeros(len(self), dtype=bool)
         table[list(self.hf.get_vocab().values())] = True
         table[[id for id, token in self.hf.added_tokens_decoder.items() if token.special]] = False
-        table[[*self.placeholder_ids.values(), self.mask_id, self.embed_id, self.eos_id]] = False
+        table[[*self.placeholder_ids.values(), self.mask_id, self.embed_id, self.eos_id, *self.begin]] = False
         return table
 
     @cached_property
@@ -93,7 +98,7 @@ class TextTokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """Names the mapping from text and conversations to ids: token counts in an index belong to one fingerprint."""
-        template = "" if self.chat.source == DEFAULT_TEMPLATE else self.chat.source
+        template = "" if self.chat.source == DEFAULT_TEMPLATE else self.chat.source + self.chat.begin
         return hashlib.blake2b((self.definition + template).encode(), digest_size=8).hexdigest()
 
     def require_cls(self, key: str) -> int:

@@ -25,7 +25,7 @@ def build_model(config: RunConfig, vocab_size: int) -> MmctxModel:
         torch.manual_seed(config.train.seed)
         model = MmctxModel(config.model, config.objectives, vocab_size)
         if folder is not None:
-            check_vocabulary(folder, config.data.tokenizer)
+            check_vocabulary(folder, config.data.tokenizer, config.data.bos)
             load_trunk(model, folder)
         if config.train.init is not None:
             model.origin = start_from(model, config.train.init)

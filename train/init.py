@@ -52,12 +52,13 @@ def _modules(names: tuple[str, ...]) -> str:
 
 
 def inherit(tree: dict[str, Any]) -> dict[str, Any]:
-    """A run's tree with `model` and `data.tokenizer` filled up from the checkpoint that it starts from, or from the run's own.
+    """A run's tree with `model`, `data.tokenizer` and `data.bos` filled up from the checkpoint that it starts from, or from the run's own.
 
     Raises:
         CheckpointError: `train.init` holds no whole checkpoint, and the tree needs it.
     """
     from mmctx.train.checkpoints.layout import newest_whole, resolve_checkpoint
+    from mmctx.train.checkpoints.load import load_run_config
 
     data, run = tree.get("data"), tree.get("run")
     if (
@@ -73,7 +74,8 @@ def inherit(tree: dict[str, Any]) -> dict[str, Any]:
     checkpoint = own or resolve_checkpoint(init)
     tokenizer = str(checkpoint) if own is None else _tokenizer_of(own)
     model = overlaid(_shape_of(checkpoint).model_dump(mode="json"), tree.get("model") or {})
-    return {**tree, "model": model, "data": {"tokenizer": tokenizer, **data}}
+    bos = load_run_config(checkpoint).data.bos
+    return {**tree, "model": model, "data": {"tokenizer": tokenizer, "bos": bos, **data}}
 
 
 def _is_complete(tree: Mapping[str, Any]) -> bool:

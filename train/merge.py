@@ -14,7 +14,7 @@ from mmctx.train.checkpoints.layout import resolve_checkpoint
 from mmctx.train.checkpoints.load import WEIGHTS, read_model
 from mmctx.train.checkpoints.manifest import COMPLETE, MANIFEST, OPTIMIZER, about, seal
 from mmctx.train.optim.ema import EMA_FILE
-from mmctx.tuning import merge
+from mmctx.tuning import merge, without_tuning
 
 _LEFT = ("adapter", OPTIMIZER, f"trainer/{EMA_FILE}", MANIFEST, COMPLETE)
 """What belongs to the tuned model alone."""
@@ -45,8 +45,7 @@ def merge_checkpoint(checkpoint: Path, out: Path) -> dict[str, Any]:
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(folder, partial, ignore=lambda path, names: _left(folder, Path(path), names))
     description = read_json(partial / "config.json")
-    description["run"]["train"] |= {"tune": {"kind": "full"}, "init": None, "ema": None, "modules": {}}
-    description["run"]["eval"]["weights"] = "trained"
+    description["run"] = without_tuning(description["run"])
     write_json(partial / "config.json", description)
     save_file({name: t.contiguous() for name, t in model.state_dict().items()}, partial / WEIGHTS, {"format": "pt"})
     seal(partial, about(folder))

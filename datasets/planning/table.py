@@ -250,10 +250,10 @@ class SourceTable:
         for number in np.flatnonzero(reasons == 0).tolist():
             media = int(whole.image_tokens[number] + whole.audio_tokens[number])
             kind = 0 if whole.image_tokens[number] else 1
-            spans = [(0, media, kind)] if media else []
+            spans = [(half.lead, media, kind)] if media else []
             if whole.interleaved[number] and media:
                 tokens, kinds = self.source.segments(int(ids[number]), pre.image_tokens, pre.audio_tokens)
-                starts = np.cumsum(tokens) - tokens
+                starts = half.lead + np.cumsum(tokens) - tokens
                 columns = zip(starts.tolist(), tokens.tolist(), kinds.tolist(), strict=True)
                 spans = [(offset, size, kind) for offset, size, kind in columns if kind >= 0]
             if any(size > room for _, size, _ in spans):

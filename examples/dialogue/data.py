@@ -5,8 +5,8 @@
 
 A customer shows pictures of what was bought and names order numbers, the shop says when orders arrive and how long things may be
 returned, and between that there is small talk. Every fact is drawn anew for every conversation, so that nothing but the conversation
-holds the answer. `notes/` are short documents for pretraining, in which facts go round and round. Of chats, answers to questions are
-learned, and nothing else.
+holds the answer. `notes/` are short documents for pretraining, in which facts are said again and again: of these, what had to be
+remembered is learned. Of chats, answers to questions are learned, and nothing else.
 """
 
 from __future__ import annotations
@@ -155,26 +155,22 @@ def write_chat(rng: np.random.Generator, products: Sequence[str], size: int, end
 
 
 def write_notes(rng: np.random.Generator, products: Sequence[str], size: int) -> dict[str, Any]:
-    """Facts that go round: what they say is learned from the second time on."""
+    """A few facts that are said again and again, in any order. Learned is what only the first saying tells: from the second on, the slot."""
     shop = Shop(rng, products)
     facts = [fact for _ in range(rng.integers(2, 5)) if (fact := shop.new_fact())]
     segments: list[dict[str, Any]] = []
-    tokens, number = 0, 0
+
+    def say(part: Any, learned: bool = False) -> int:
+        shown = isinstance(part, tuple)
+        segments.append({"image": part[1]} if shown else {"text": part + " "} | ({} if learned else {"loss": False}))
+        return 1 if shown else len(part.split())
+
+    tokens = sum(say(part) for fact in facts for part in stated(fact)[1])
     while tokens < size:
-        fact = facts[number % len(facts)]
-        first = number < len(facts)
-        if fact["about"] == "product" and not first:
-            said: list[Any] = [ANSWERS[("product", "order")[rng.integers(2)]].format(**fact)]
-        else:
-            said = stated(fact)[1]
-        for part in said:
-            segments.append(
-                {"image": part[1]}
-                if isinstance(part, tuple)
-                else {"text": part + " "} | ({"loss": False} if first else {})
-            )
-            tokens += 1 if isinstance(part, tuple) else len(part.split()) + 1
-        number += 1
+        fact = facts[rng.integers(len(facts))]
+        about = fact["about"] if fact["about"] != "product" else ("product", "order")[rng.integers(2)]
+        before, after = ANSWERS[about].split("{" + SLOTS[about] + "}")
+        tokens += say(before.format(**fact)) + say(fact[SLOTS[about]], learned=True) + say(after)
     return {"segments": segments}
 
 
@@ -184,7 +180,7 @@ def build(emoji: Path, out: Path, sizes: dict[str, tuple[int, int]] = SIZES, see
     source = Source(
         kind="shop",
         origin=f"seed {seed}",
-        recipe=[1, seed, sizes, sorted(products)],
+        recipe=[2, seed, sizes, sorted(products)],
         items=functools.partial(_items, sizes),
         render=functools.partial(_render, products=products, sizes=sizes, seed=seed),
         total=max(count for _, count in sizes.values()),

@@ -203,7 +203,7 @@ def _sources(
         return [("shards", paths, options)]
     if tokenizer is not None or texts:
         raise ConfigError("the config names its tokenizer and texts: leave out --tokenizer and --text")
-    shared = {"tokenizer": _tokenizer(config.data.tokenizer)}
+    shared = {"tokenizer": _tokenizer(config.data.tokenizer, config.data.bos)}
     shared |= {"context_length": context_length or config.data.context_length}
     held_out = {f"{name} (held out)": source for name, source in config.eval.sources.items()}
     return [
@@ -221,9 +221,9 @@ def _config(arguments: list[str]) -> RunConfig | None:
     return api.load_config(arguments[0], *arguments[1:])
 
 
-def _tokenizer(folder: Path | str | None) -> TextTokenizer | None:
+def _tokenizer(folder: Path | str | None, bos: bool = False) -> TextTokenizer | None:
     if folder is None:
         return None
     from mmctx.tokenizer import TextTokenizer
 
-    return TextTokenizer(folder)
+    return TextTokenizer(folder, bos)

@@ -16,6 +16,7 @@ from mmctx.attention.memory import Far
 from mmctx.errors import ConfigError
 from mmctx.hf.inputs import Rows
 from mmctx.layout import DocumentLayout
+from mmctx.tuning.prefix import Prefix
 
 _SCORES = 1 << 22
 """Entries of a mask that exist at once: where many tokens follow a filled cache, queries take turns."""
@@ -38,10 +39,11 @@ class PaddedCache:
     Args:
         cache: filled in place, (B, K, P, d) keys and values a layer.
         rows: of this call.
+        prefix: stands before every row, and is not in the cache: whoever reorders, crops or continues that need not know of it.
     """
 
-    def __init__(self, cache: Cache, rows: Rows) -> None:
-        self._cache, self._rows = cache, rows
+    def __init__(self, cache: Cache, rows: Rows, prefix: Prefix | None = None) -> None:
+        self._cache, self._rows, self._prefix = cache, rows, prefix
         self._seen: dict[tuple[int | None, int], Tensor | None] = {}  # masks, which layers share
 
     def attend(
@@ -64,8 +66,16 @@ class PaddedCache:
             )
         rows = self._rows
         keys, values = self._cache.update(rows.unpack(k).transpose(1, 2), rows.unpack(v).transpose(1, 2), layer)
+        if not rows.past and self._prefix is not None:
+            return self._prefix.before().attend(layer, q, k, v, layout, window=window, backend=backend)
         if not rows.past:
             return attention(q, k, v, layout, window=window, backend=backend)
+        if self._prefix is not None:
+            learned = self._prefix.layers[layer].weight.to(keys.dtype).permute(1, 2, 0, 3)  # (2, K, virtual tokens, d)
+            keys, values = (
+                torch.cat([part.expand(len(held), -1, -1, -1), held], dim=2)
+                for part, held in zip(learned, (keys, values), strict=True)
+            )
         queries = rows.unpack(q.to(keys.dtype)).transpose(1, 2)  # (B, H, L, d)
         size = max(1, _SCORES // (keys.shape[0] * keys.shape[2]))
         parts = [
@@ -81,22 +91,24 @@ class PaddedCache:
         return rows.pack(torch.cat(parts, dim=2).transpose(1, 2))
 
     def _mask(self, window: int | None, start: int, count: int) -> Tensor | None:
-        """(B or 1, 1, count, P + L) bool, which columns so many queries from column `start` of this call see; None for all."""
+        """(B or 1, 1, count, virtual tokens + P + L) bool, what so many queries from column `start` of this call see; None for all."""
         if (window, start) not in self._seen:
             self._seen[window, start] = self._make_mask(window, start, count)
         return self._seen[window, start]
 
     def _make_mask(self, window: int | None, start: int, count: int) -> Tensor | None:
         rows, device = self._rows, self._rows.places.device
-        total = rows.past + rows.shape[1]
-        if rows.mask is None and total == rows.past + 1 and (window is None or window >= total):
+        before = 0 if self._prefix is None else self._prefix.num_tokens
+        past, mask = before + rows.past, None if rows.mask is None else F.pad(rows.mask, (before, 0), value=True)
+        total = past + rows.shape[1]
+        if mask is None and total == past + 1 and (window is None or window >= total):
             return None
-        query = rows.past + start + torch.arange(count, device=device)[:, None]  # (count, 1)
+        query = past + start + torch.arange(count, device=device)[:, None]  # (count, 1)
         key = torch.arange(total, device=device)
-        seen = (key <= query)[None]  # (1, count, P + L)
-        number = key[None] if rows.mask is None else rows.mask.long().cumsum(dim=1)  # real tokens up to each column
-        if rows.mask is not None:
-            seen = seen & rows.mask[:, None]
+        seen = (key <= query)[None]  # (1, count, total)
+        number = key[None] if mask is None else mask.long().cumsum(dim=1)  # real tokens up to each column
+        if mask is not None:
+            seen = seen & mask[:, None]
         if window is not None:
             seen = seen & (number[:, query[:, 0], None] - number[:, None] < window)
         return (seen | (key == query))[:, None]  # padding looks at itself: its result is dropped, and must not be NaN

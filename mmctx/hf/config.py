@@ -33,7 +33,8 @@ class MmctxConfig(PreTrainedConfig):
         vocab_size: ids that the tokenizer knows; the embedding has as many rows, rounded up.
         model: a `ModelConfig`, or its tree.
         objectives: by name; those that own parameters (similarity, next sentence) are part of the model.
-        special_tokens: ids by what they stand for: `image`, `audio`, `mask`, `embed`, `eos`. Media, masks and embeddings need theirs.
+        special_tokens: ids by what they stand for: `image`, `audio`, `mask`, `embed`, `eos`, and `bos` where documents begin
+            with it. Media, masks and embeddings need theirs.
         max_position_embeddings: longest document that the model was trained on, for whoever cuts texts to what a model reads.
         run: the configuration of the run that trained it, which knows the rest.
 
@@ -152,6 +153,6 @@ def _read_folder(folder: Path) -> dict[str, Any]:
     return {
         "model": without_pretrained(config.model).model_dump(mode="json"),
         "objectives": {name: objective.model_dump(mode="json") for name, objective in config.objectives.items()},
-        "special_tokens": special_tokens(TextTokenizer(folder)),
+        "special_tokens": special_tokens(TextTokenizer(folder, config.data.bos)),
         "max_position_embeddings": config.data.context_length,
     }

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mmctx.errors import ConfigError
 from mmctx.hf.inputs import Items, Rows, clips_of, pictures_of
+from mmctx.objectives.base import ids
 from mmctx.objectives.similarity import Similarity
 from mmctx.pack import Document, MediaItem, pack_documents
 from mmctx.sample import Sample
@@ -23,6 +25,7 @@ class _SpecialIds(NamedTuple):
 
     placeholder_ids: dict[str, int]
     embed_id: int
+    begin: np.ndarray
 
 
 class FeaturesMixin:
@@ -70,7 +73,9 @@ class FeaturesMixin:
     ) -> Tensor:
         """Unit embeddings (B, E) of texts (B, L), padded at either end; else see `get_image_features`."""
         rows = Rows.of(input_ids, 0, attention_mask, None)
-        texts = [ids.numpy() for ids in rows.pack(input_ids).cpu().split(rows.lengths)]
+        texts = [text.numpy() for text in rows.pack(input_ids).cpu().split(rows.lengths)]
+        bos = self.config.special_tokens.get("bos")
+        texts = [text[1:] if len(text) and text[0] == bos else text for text in texts]  # documents begin with it anyway
         return self._embed("text0", texts, objective)
 
     def _encoder(self, kind: str) -> Any:
@@ -88,7 +93,9 @@ class FeaturesMixin:
         name = objective or next(iter(configs))
         if (embed_id := self.config.special_tokens.get("embed")) is None:
             raise ConfigError("special_tokens of the config lack 'embed', the id behind which embeddings are read")
-        half: Any = Similarity(name, configs[name], _SpecialIds(self.placeholder_ids, embed_id))  # type: ignore[arg-type]
+        bos = self.config.special_tokens.get("bos")
+        special: Any = _SpecialIds(self.placeholder_ids, embed_id, ids() if bos is None else ids(bos))
+        half: Any = Similarity(name, configs[name], special)
         documents: list[Document] = [
             half.view_document(Sample("", "", number), view, part) for number, part in enumerate(parts)
         ]

@@ -7,33 +7,45 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from mmctx.activations import ActivationsConfig
 from mmctx.errors import ConfigError
-from mmctx.hf.build import build_encoders, build_native
+from mmctx.hf.build import build_native
 from mmctx.hf.cache import PaddedCache, joined
 from mmctx.hf.config import MmctxConfig
 from mmctx.hf.features import FeaturesMixin
+from mmctx.hf.fresh import FreshMixin
 from mmctx.hf.head import next_token_logits, sum_of_losses
 from mmctx.hf.inputs import MEDIA_INPUTS, Rows, items_by_row, media_batches
 from mmctx.hf.resize import VocabularyMixin
+from mmctx.hf.tuned import ADDED, TunedMixin
 from mmctx.hf_files import generation_defaults
 from mmctx.model import MmctxModel
 from mmctx.pack import IGNORE_INDEX, MODALITIES
 
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What this version of Transformers calls it."""
+_MEDIA = [name for names in MEDIA_INPUTS.values() for name in names]
 
 
-class MmctxForConditionalGeneration(FeaturesMixin, VocabularyMixin, PreTrainedModel, GenerationMixin):
+class _Read(NamedTuple):
+    """What the trunk was given and made: ids (T,), zeros where embeddings were given, embeddings and hidden states (T, D)."""
+
+    ids: Tensor
+    embeddings: Tensor
+    hidden: Tensor
+
+
+class MmctxForConditionalGeneration(
+    TunedMixin, FreshMixin, FeaturesMixin, VocabularyMixin, PreTrainedModel, GenerationMixin
+):
     """Reads text, pictures and sound, writes text.
 
     The modules of a `MmctxModel` hang directly below this class, so that parameters have the names that they have in training and in
@@ -46,6 +58,7 @@ class MmctxForConditionalGeneration(FeaturesMixin, VocabularyMixin, PreTrainedMo
     input_modalities = ["text", "image", "audio"]  # noqa: RUF012
     supports_gradient_checkpointing = True
     gradient_checkpointing = False
+    _keys_to_ignore_on_load_unexpected = ADDED
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
 
     def __init__(self, config: MmctxConfig) -> None:
@@ -98,8 +111,7 @@ class MmctxForConditionalGeneration(FeaturesMixin, VocabularyMixin, PreTrainedMo
             pixel_values: (I, 3, H, W) uint8, pictures of all rows in reading order; `image_sizes` (I, 2) where they differ.
             input_features: (I, F, M) frames of all clips in reading order, `input_features_mask` (I, F) 0 behind a clip's end,
                 `input_features_tokens` (I,) embeddings that each becomes.
-            labels: (B, L) ids, `IGNORE_INDEX` for what is not predicted, media never are; the loss is the mean over the rest, or their sum
-                divided by `num_items_in_batch`.
+            labels: (B, L) ids, `IGNORE_INDEX` where none is predicted, media never are; the loss: mean, or sum / `num_items_in_batch`.
             use_cache: start a cache, if none is given.
             logits_to_keep: logits (B, K, V) of the last K columns, or of columns (K,). By default all; with labels none.
             is_causal: False reads in both directions, as masked LM does.
@@ -116,62 +128,71 @@ class MmctxForConditionalGeneration(FeaturesMixin, VocabularyMixin, PreTrainedMo
         cache = joined(cache, past_key_values)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        native = self.native
-        example: Any = input_ids if inputs_embeds is None else inputs_embeds
-        rows = Rows.of(example, 0 if cache is None else cache.get_seq_length(), attention_mask, position_ids)
-        self._check_positions(rows)
-        ids = rows.positions.new_zeros(len(rows.positions)) if input_ids is None else rows.pack(input_ids)
-        media: Mapping[str, Any] = {}
-        if input_ids is not None and not (rows.past and pixel_values is None and input_features is None):
-            inputs = {
-                "pixel_values": pixel_values,
-                "image_sizes": image_sizes,
-                "input_features": input_features,
-                "input_features_mask": input_features_mask,
-                "input_features_tokens": input_features_tokens,
-            }
-            media = media_batches(ids, self.placeholder_ids, dict(native.encoders.items()), inputs)
-        batch = rows.batch(ids, media, is_causal)
-        embeddings = native.embed(batch) if inputs_embeds is None else rows.pack(inputs_embeds)
-        padded = None if cache is None else PaddedCache(cache, rows)
-        with _block_outputs(native.trunk) if output_hidden_states else nullcontext([]) as states:
-            hidden = native.trunk(embeddings, native.positions(batch), batch.layout, padded)  # (T, D)
-        logits_to_keep = 0 if logits_to_keep is None and labels is None else logits_to_keep
-        return CausalLMOutputWithPast(
-            loss=None if labels is None else self._loss(native, rows, ids, hidden, labels, num_items_in_batch),
-            logits=None if logits_to_keep is None else self._logits(native, rows, hidden, logits_to_keep),
-            hidden_states=tuple(map(rows.unpack, (embeddings, *states[:-1], hidden))) if output_hidden_states else None,
-            **{_CACHE: cache},
-        )
+        given: Any = input_ids if inputs_embeds is None else inputs_embeds
+        rows = Rows.of(given, 0 if cache is None else cache.get_seq_length(), attention_mask, position_ids)
+        media = (pixel_values, image_sizes, input_features, input_features_mask, input_features_tokens)
+        with _block_outputs(self.trunk) if output_hidden_states else nullcontext([]) as states:
+            read = self._read(rows, given, dict(zip(_MEDIA, media, strict=True)), cache, is_causal)
+        found = self._output(rows, read, labels, num_items_in_batch, logits_to_keep)
+        if output_hidden_states:
+            found["hidden_states"] = tuple(map(rows.unpack, (read.embeddings, *states[:-1], read.hidden)))
+        return CausalLMOutputWithPast(**found, **{_CACHE: cache})
 
-    def _logits(self, native: MmctxModel, rows: Rows, hidden: Tensor, keep: int | Tensor) -> Tensor:
+    def _read(
+        self, rows: Rows, given: Tensor, media: Mapping[str, Tensor | None], cache: Any, is_causal: bool
+    ) -> _Read:
+        """Runs ids or embeddings `given` (B, L, ...) through the trunk."""
+        native, has_ids = self.native, given.ndim == 2
+        self._check_positions(rows, native)
+        ids = rows.pack(given) if has_ids else rows.positions.new_zeros(len(rows.positions))
+        shown: Mapping[str, Any] = {}
+        if has_ids and (not rows.past or media["pixel_values"] is not None or media["input_features"] is not None):
+            shown = media_batches(ids, self.placeholder_ids, dict(native.encoders.items()), media)
+        batch = rows.batch(ids, shown, is_causal)
+        embeddings = native.embed(batch) if has_ids else rows.pack(given)
+        if cache is None:
+            return _Read(ids, embeddings, native.read(embeddings, batch))
+        padded: Any = PaddedCache(cache, rows, native.prefix)
+        return _Read(ids, embeddings, native.trunk(embeddings, native.positions(batch), batch.layout, padded))
+
+    def _output(
+        self, rows: Rows, read: _Read, labels: Tensor | None, count: Tensor | int | None, keep: int | Tensor | None
+    ) -> dict[str, Any]:
+        """The loss, with labels; logits, without or where some are asked for."""
+        found = {} if labels is None else {"loss": self._loss(rows, read, labels, count)}
+        if keep is None and labels is None:
+            keep = 0
+        return found if keep is None else found | {"logits": self._logits(rows, read.hidden, keep)}
+
+    def _logits(self, rows: Rows, hidden: Tensor, keep: int | Tensor) -> Tensor:
         """(B, K, V), in padding behind a row those of its last token, zeros before its first."""
         columns = torch.arange(rows.shape[1], device=hidden.device)
         kept = columns[keep.to(hidden.device)] if isinstance(keep, Tensor) else columns[-keep:]  # -0: all
         last, real = rows.latest(kept)
-        logits = next_token_logits(native, hidden.index_select(0, last.flatten())).unflatten(0, last.shape)
+        logits = next_token_logits(self.native, hidden.index_select(0, last.flatten())).unflatten(0, last.shape)
         return logits if rows.is_full else logits * real[..., None]
 
-    def _loss(
-        self, native: MmctxModel, rows: Rows, ids: Tensor, hidden: Tensor, labels: Tensor, count: Tensor | int | None
-    ) -> Tensor:
+    def _loss(self, rows: Rows, read: _Read, labels: Tensor, count: Tensor | int | None) -> Tensor:
         """Cross entropy of the next token of each row, in chunks: the logits never exist."""
-        targets = torch.full_like(ids, IGNORE_INDEX)
-        targets[:-1] = rows.pack(labels.to(ids.device))[1:]
-        ends = torch.tensor(rows.lengths, device=ids.device).cumsum(dim=0) - 1
+        targets, device = torch.full_like(read.ids, IGNORE_INDEX), read.ids.device
+        targets[:-1] = rows.pack(labels.to(device))[1:]
+        ends = torch.tensor(rows.lengths, device=device).cumsum(dim=0) - 1
         targets[ends[ends >= 0]] = IGNORE_INDEX
         for placeholder in self.placeholder_ids.values():
             targets[targets == placeholder] = IGNORE_INDEX
         places = (targets != IGNORE_INDEX).nonzero()[:, 0]
-        total = sum_of_losses(native, hidden.index_select(0, places), targets.index_select(0, places))
+        total = sum_of_losses(self.native, read.hidden.index_select(0, places), targets.index_select(0, places))
         return total / (len(places) if count is None else count)
 
-    def _check_positions(self, rows: Rows) -> None:
+    def _check_positions(self, rows: Rows, native: MmctxModel) -> None:
         """Learned positions end somewhere. The device is asked only where they might."""
-        count = self.config.shape.transformer.learned_positions
-        if count is None or rows.past + rows.shape[1] <= count:
+        count, before = (
+            self.config.shape.transformer.learned_positions,
+            native.prefix.num_tokens if native.prefix else 0,
+        )
+        if count is None or before + rows.past + rows.shape[1] <= count:
             return
-        if (last := int(rows.positions.max())) >= count:
+        if (last := before + int(rows.positions.max())) >= count:
             raise ConfigError(
                 f"a row of {last + 1} tokens is longer than the {count} positions that the model has learned "
                 "(model.transformer.learned_positions); shorten it, or ask for fewer new tokens"
@@ -190,7 +211,7 @@ class MmctxForConditionalGeneration(FeaturesMixin, VocabularyMixin, PreTrainedMo
         **model_kwargs: Any,
     ) -> tuple[Any, dict[str, Any]]:
         """Beams and several answers: rows are repeated, and with each its own items, of which it may have any number."""
-        media = {name: model_kwargs.pop(name, None) for names in MEDIA_INPUTS.values() for name in names}
+        media = {name: model_kwargs.pop(name, None) for name in _MEDIA}
         if input_ids is not None and expand_size > 1:
             media = self._repeat_media(input_ids, media, expand_size)
         expand: Any = super()._expand_inputs_for_generation  # type: ignore[reportAttributeAccessIssue]
@@ -219,51 +240,16 @@ class MmctxForConditionalGeneration(FeaturesMixin, VocabularyMixin, PreTrainedMo
         self.gradient_checkpointing = enable
         self.native.set_activations(ActivationsConfig(checkpoint="full" if enable else "none", every=every_n_layers))
 
-    def init_weights(self) -> None:
-        """Nothing is left to do: whoever builds the model draws its weights."""
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """See `init_weights`, and `_initialize_missing_keys` for what a folder lacks."""
-
-    def _move_missing_keys_from_meta_to_device(self, missing_keys: Any, *args: Any, **kwargs: Any) -> None:
-        self.__dict__["_missing"] = set(missing_keys)
-        super()._move_missing_keys_from_meta_to_device(missing_keys, *args, **kwargs)
-
-    def _initialize_missing_keys(self, *args: Any, **kwargs: Any) -> None:
-        """Models are built without memory before a folder's weights are read, so what no folder holds is computed here: constants of the
-        encoders, and fresh weights for parameters that it lacks."""
-        missing = self.__dict__.pop("_missing", set())
-        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-            fresh = build_native(self.config) if missing else None
-            encoders = fresh.encoders if fresh is not None else build_encoders(self.config)
-        found = {f"encoders.{name}": value for name, value in encoders.named_buffers()}
-        found |= (
-            {name: value for name, value in fresh.named_parameters() if name in missing} if fresh is not None else {}
-        )
-        constants = {name for name, _ in self.named_non_persistent_buffers()}
-        with torch.no_grad():
-            for name in constants | missing:
-                place = self.get_parameter_or_buffer(name)
-                place.copy_(found[name].to(place.dtype))
-        for tensor in (*self.parameters(), *self.buffers()):
-            tensor._is_hf_initialized = True  # type: ignore[attr-defined]
-        super()._initialize_missing_keys(*args, **kwargs)
-
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """From any checkpoint folder; see `PreTrainedModel.from_pretrained`.
 
         Raises:
-            ConfigError: the checkpoint is of a tuning, whose adapters would go missing.
+            ConfigError, CheckpointError: the checkpoint is of a tuning that cannot be put onto its base, see `put_tuning`.
         """
-        adapter = Path(pretrained_model_name_or_path or "") / "adapter"
-        if (adapter / "adapter_config.json").is_file():
-            raise ConfigError(
-                f"{adapter.parent}: was tuned by train.tune, and what was added would go missing; `mmctx merge {adapter.parent} OUT` makes "
-                f"a plain model of LoRA and AdaLoRA, or put {adapter} onto its base by peft's PeftModel.from_pretrained"
-            )
         found = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = found[0] if isinstance(found, tuple) else found
+        model.put_tuning(pretrained_model_name_or_path, kwargs)
         # checkpoints of earlier versions say nothing of generation
         for name, value in generation_defaults(model.config.special_tokens).items():
             if getattr(model.generation_config, name) is None:

@@ -41,6 +41,7 @@ class MmctxProcessor(ProcessorMixin):
         chat_template: Jinja; by default the tokenizer's own, or `mmctx.chat.DEFAULT_TEMPLATE`.
         image: `model.image` of the configuration; None for a model that sees no pictures.
         audio: `model.audio`.
+        bos: whether every row begins with the tokenizer's `bos_token`, as documents do in training with `data.bos`.
     """
 
     def __init__(
@@ -49,9 +50,10 @@ class MmctxProcessor(ProcessorMixin):
         chat_template: str | None = None,
         image: Mapping[str, Any] | None = None,
         audio: Mapping[str, Any] | None = None,
+        bos: bool = False,
     ) -> None:
         super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template or DEFAULT_TEMPLATE)
-        self.image, self.audio, self.auto_map = image, audio, PROCESSOR_AUTO_MAP
+        self.image, self.audio, self.bos, self.auto_map = image, audio, bos, PROCESSOR_AUTO_MAP
         self._preprocessors: dict[str, Any] | None = None
 
     @property
@@ -142,8 +144,10 @@ class MmctxProcessor(ProcessorMixin):
             return self.preprocessors[kind](*samples_of(value, rate))
 
     def _lay_out(self, row: str, waiting: Mapping[str, Iterator[MediaItem]], special_tokens: bool) -> np.ndarray:
-        """(L,) int64 ids, placeholders for the embeddings of each item in turn."""
-        parts = [np.zeros(0, np.int64)]
+        """(L,) int64 ids, placeholders for the embeddings of each item in turn; a `bos_token` of the template is not written twice."""
+        parts = [np.asarray([self.tokenizer.bos_token_id] if self.bos else [], np.int64)]
+        if self.bos and special_tokens:
+            row = row.removeprefix(self.tokenizer.bos_token)
         for part in split_at_marks(row):
             kind = MARKS.get(part)
             parts.append(self._room_for(next(waiting[kind])) if kind else self._tokenize(part, special_tokens))

@@ -50,11 +50,13 @@ class DataHalf(Protocol):
 
     Attributes:
         causal: its documents attend to the past only, or in both directions.
+        lead: tokens that stand before all that a sample brings, such as `bos_token`.
         ahead: how many places before the token it predicts a label stands: 1 for next tokens, 0 for what is hidden at the place itself.
         answers: names of what labels number; empty where labels are tokens.
     """
 
     causal: bool
+    lead: int
     ahead: int
     answers: Names
 

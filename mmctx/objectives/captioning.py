@@ -50,22 +50,22 @@ class Captioning:
     causal, ahead, answers = True, 1, ()
 
     def __init__(self, name: str, config: CaptioningConfig, tokenizer: TextTokenizer) -> None:
-        self.name, self.config, self.tokenizer = name, config, tokenizer
+        self.name, self.config, self.tokenizer, self.lead = name, config, tokenizer, len(tokenizer.begin)
         self._prompt = tokenizer.encode(config.prompt) if config.prompt else ids()
 
     def room(self, context_length: int) -> int:
         """See `DataHalf`. Two texts, each cut by itself, share what there is."""
-        room = context_length - 1 - len(self._prompt)
+        room = context_length - self.lead - 1 - len(self._prompt)
         return room if self.config.prompt_text is None else room // 2
 
     def lengths(self, sizes: SampleSizes) -> np.ndarray:
         """(n, 2): picture's and clip's document; text alone and interleaved documents stand in column 0."""
-        text = self._prompted(sizes)
+        text, more = self._prompted(sizes), self.lead + 1
         media = np.stack([sizes.image_tokens, sizes.audio_tokens], axis=1)  # (n, 2)
-        captions = np.where(media > 0, token_counts(text, 1)[:, None] + media, 0)
+        captions = np.where(media > 0, token_counts(text, more)[:, None] + media, 0)
         captions[text <= 0] = 0
-        captions[:, 0] = np.where((media == 0).all(axis=1), token_counts(text, 1), captions[:, 0])
-        whole = token_counts(np.maximum(sizes.text_tokens[:, 0], 0) + media.sum(axis=1), 1)
+        captions[:, 0] = np.where((media == 0).all(axis=1), token_counts(text, more), captions[:, 0])
+        whole = token_counts(np.maximum(sizes.text_tokens[:, 0], 0) + media.sum(axis=1), more)
         return np.where(sizes.interleaved[:, None], np.stack([whole, np.zeros_like(whole)], axis=1), captions)
 
     def _prompted(self, sizes: SampleSizes) -> np.ndarray:
@@ -102,14 +102,13 @@ class Captioning:
         self, sample: Sample, segments: Sequence[np.ndarray | MediaItem], learned: Sequence[bool] | None
     ) -> Document:
         placeholders = self.tokenizer.placeholder_ids
-        input_ids, media = lay_out([*segments, ids(self.tokenizer.eos_id)], placeholders)
+        input_ids, media = lay_out([self.tokenizer.begin, *segments, ids(self.tokenizer.eos_id)], placeholders)
         labels = next_token_labels(input_ids, placeholders)
         if learned is not None:
-            labels[:-1][~_is_learned(segments, learned)[1:]] = IGNORE_INDEX
+            labels[:-1][~self._is_learned(segments, learned)[1:]] = IGNORE_INDEX
         return Document(self.name, input_ids, labels, causal=True, media=media, key=sample.key)
 
-
-def _is_learned(segments: Sequence[np.ndarray | MediaItem], learned: Sequence[bool]) -> np.ndarray:
-    """(L,) bool: tokens that may be predicted. The end of the document goes with its last segment."""
-    lengths = [part.num_tokens if isinstance(part, MediaItem) else len(part) for part in segments]
-    return np.repeat([*learned, learned[-1]], [*lengths, 1])
+    def _is_learned(self, segments: Sequence[np.ndarray | MediaItem], learned: Sequence[bool]) -> np.ndarray:
+        """(L,) bool: tokens that may be predicted. The end of the document goes with its last segment."""
+        lengths = [part.num_tokens if isinstance(part, MediaItem) else len(part) for part in segments]
+        return np.repeat([False, *learned, learned[-1]], [self.lead, *lengths, 1])

@@ -52,18 +52,18 @@ class Denoising:
     causal, ahead, answers = True, 1, ()
 
     def __init__(self, name: str, config: DenoisingConfig, tokenizer: TextTokenizer) -> None:
-        self.name, self.config, self.tokenizer = name, config, tokenizer
+        self.name, self.config, self.tokenizer, self.lead = name, config, tokenizer, len(tokenizer.begin)
 
     def room(self, context_length: int) -> int:
         """See `DataHalf`. A text stands there twice."""
-        return (context_length - 2) // 2
+        return (context_length - self.lead - 2) // 2
 
     def lengths(self, sizes: SampleSizes) -> np.ndarray:
         """(n, 1)."""
         media = {"none": 0 * sizes.image_tokens, "image": sizes.image_tokens, "audio": sizes.audio_tokens}
         text = text_lengths(sizes, self.config.text)
         corrupted = text - exact_share(text, self.config.delete)
-        return token_counts(text, media[self.config.context] + corrupted + 2)[:, None]
+        return token_counts(text, media[self.config.context] + corrupted + self.lead + 2)[:, None]
 
     def labels(self, sizes: SampleSizes) -> np.ndarray:
         """(n,): the clean text and its end."""
@@ -80,7 +80,7 @@ class Denoising:
             return []
         medium = {"none": None, "image": sample.image, "audio": sample.audio}[self.config.context]
         end = ids(self.tokenizer.eos_id)
-        read = [part for part in (medium, self.corrupt(clean, rng), end) if part is not None]
+        read = [part for part in (self.tokenizer.begin, medium, self.corrupt(clean, rng), end) if part is not None]
         input_ids, media = lay_out([*read, clean, end], self.tokenizer.placeholder_ids)
         labels = next_token_labels(input_ids, self.tokenizer.placeholder_ids)
         labels[: len(labels) - len(clean) - 2] = IGNORE_INDEX  # up to the state before the first <eos>

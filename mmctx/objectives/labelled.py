@@ -56,6 +56,7 @@ class Labelled(ABC):
 
     def __init__(self, name: str, config: LabelledConfig, tokenizer: TextTokenizer) -> None:
         self.name, self.config, self.tokenizer, self.causal = name, config, tokenizer, config.causal
+        self.lead = len(tokenizer.begin)
 
     @abstractmethod
     def number(self, value: Any) -> int:
@@ -71,7 +72,7 @@ class Labelled(ABC):
     def room(self, context_length: int) -> int:
         """See `DataHalf`. Several texts, each cut by itself, share what there is."""
         count = max(len(self.config.texts), 1)
-        return (context_length - count) // count
+        return (context_length - self.lead - count) // count
 
     def lengths(self, sizes: SampleSizes) -> np.ndarray:
         """(n, 1): an embedding token behind each text, or behind the medium; 0 where a text is lacking, or the medium without any."""
@@ -81,7 +82,8 @@ class Labelled(ABC):
         plain = beside + sum(column + 1 for column in columns) if columns else beside + 1
         complete = np.all([column > 0 for column in columns], axis=0) if columns else beside > 0
         whole = np.maximum(sizes.text_tokens[:, 0], 0) + sizes.image_tokens + sizes.audio_tokens
-        return np.where(sizes.interleaved, token_counts(whole, 1), np.where(complete, plain, 0))[:, None]
+        plain, whole = np.where(complete, plain + self.lead, 0), token_counts(whole, self.lead + 1)
+        return np.where(sizes.interleaved, whole, plain)[:, None]
 
     def labels(self, sizes: SampleSizes) -> np.ndarray:
         """(n,) zeros: a few numbers do not pass the output head."""
@@ -100,7 +102,7 @@ class Labelled(ABC):
         parts = self._parts(sample, ids(self.tokenizer.embed_id))
         if not parts:
             return []
-        input_ids, slots = lay_out(parts, self.tokenizer.placeholder_ids)
+        input_ids, slots = lay_out([self.tokenizer.begin, *parts], self.tokenizer.placeholder_ids)
         labels = np.full_like(input_ids, IGNORE_INDEX)
         labels[-1] = self._label(sample)
         return [Document(self.name, input_ids, labels, causal=self.causal, media=slots, key=sample.key)]

@@ -87,13 +87,15 @@ class MaskedLM:
         self.causal = config.attention == "causal"
         before = self.causal if config.predict_from is None else config.predict_from == "before"
         self.ahead = int(before)
-        self._marks: tuple[np.ndarray, ...] = ()
+        self._marks = tokenizer.begin, ids()
         if config.marks == "cls":
             self._marks = ids(tokenizer.require_cls(f"objectives.{name}.marks")), ids(tokenizer.eos_id)
+        self.lead = len(self._marks[0])
+        self._num_marks = sum(map(len, self._marks))
 
     def room(self, context_length: int) -> int:
         """See `DataHalf`."""
-        return context_length - 1 - len(self._marks)
+        return context_length - 1 - self._num_marks
 
     def lengths(self, sizes: SampleSizes) -> np.ndarray:
         """(n, 1)."""
@@ -103,7 +105,7 @@ class MaskedLM:
         plain = token_counts(text_column(sizes, self.config.text), media)
         whole = token_counts(sizes.text_tokens[:, 0], sizes.image_tokens + sizes.audio_tokens)
         lengths = np.where(sizes.interleaved, whole, plain)
-        return (lengths + len(self._marks) * (lengths > 0))[:, None]
+        return (lengths + self._num_marks * (lengths > 0))[:, None]
 
     def labels(self, sizes: SampleSizes) -> np.ndarray:
         """(n,): the masked share of the text, one at least."""
@@ -125,7 +127,7 @@ class MaskedLM:
             segments = [part for part in (beside, text) if part is not None] if text is not None else []
         if not any(isinstance(part, np.ndarray) and len(part) for part in segments):
             return []
-        marked = [*self._marks[:1], *segments, *self._marks[1:]]
+        marked = [self._marks[0], *segments, self._marks[1]]
         clean, media = lay_out(marked, self.tokenizer.placeholder_ids)
         input_ids, labels = self._mask(clean, rng, step)
         return [Document(self.name, input_ids, labels, causal=self.causal, media=media, key=sample.key)]

@@ -52,7 +52,9 @@ class NextSentence:
         self.name, self.config, self.tokenizer = name, config, tokenizer
         self._share = {"distant": 3, "swapped": 2}[config.negatives]
         self._cls = tokenizer.require_cls(f"objectives.{name}.marks") if config.marks == "cls" else None
-        self._num_marks = 2 if self._cls is None else 3
+        self._begin = tokenizer.begin if self._cls is None else ids(self._cls)
+        self.lead = len(self._begin)
+        self._num_marks = self.lead + 2
 
     def room(self, context_length: int) -> int:
         """See `DataHalf`."""
@@ -87,9 +89,9 @@ class NextSentence:
         a, b = text[first : first + span], text[second : second + span]
         between = ids(self.tokenizer.eos_id)
         if self._cls is None:
-            input_ids, place = np.concatenate([a, between, b, ids(self.tokenizer.embed_id)]), -1
+            input_ids, place = np.concatenate([self._begin, a, between, b, ids(self.tokenizer.embed_id)]), -1
         else:
-            input_ids, place = np.concatenate([ids(self._cls), a, between, b, between]), 0
+            input_ids, place = np.concatenate([self._begin, a, between, b, between]), 0
         labels = np.full_like(input_ids, IGNORE_INDEX)
         labels[place] = follows
         return [Document(self.name, input_ids, labels, causal=False, key=sample.key)]

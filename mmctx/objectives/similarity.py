@@ -73,12 +73,12 @@ class Similarity:
 
     def __init__(self, name: str, config: SimilarityConfig, tokenizer: TextTokenizer) -> None:
         self.name, self.config, self.tokenizer = name, config, tokenizer
-        self.causal = config.causal
+        self.causal, self.lead = config.causal, len(tokenizer.begin)
         self._ending = ids(tokenizer.embed_id) if config.pooling == "token" else ids()
 
     def room(self, context_length: int) -> int:
         """See `DataHalf`."""
-        return context_length - 1
+        return context_length - self.lead - 1
 
     def lengths(self, sizes: SampleSizes) -> np.ndarray:
         """(n, number of views)."""
@@ -88,12 +88,13 @@ class Similarity:
 
     def _view_lengths(self, sizes: SampleSizes, view: str) -> np.ndarray:
         kind, number = _parse(view)
+        more = self.lead + len(self._ending)
         if kind == "span":
             spans = neighbour_lengths(text_lengths(sizes, self.config.text), self.config.span_tokens)
-            return token_counts(spans[number], len(self._ending))
+            return token_counts(spans[number], more)
         media = {"image": sizes.image_tokens, "audio": sizes.audio_tokens}
         found = media[kind] if kind in media else text_column(sizes, number)
-        return np.where(sizes.interleaved, 0, token_counts(found, len(self._ending)))
+        return np.where(sizes.interleaved, 0, token_counts(found, more))
 
     def labels(self, sizes: SampleSizes) -> np.ndarray:
         """(n,) zeros: embeddings pass no output head."""
@@ -123,7 +124,7 @@ class Similarity:
 
     def view_document(self, sample: Sample, view: str, part: np.ndarray | MediaItem) -> Document:
         """The document of one view: `part`, as a view of `sample`."""
-        input_ids, media = lay_out([part, self._ending], self.tokenizer.placeholder_ids)
+        input_ids, media = lay_out([self.tokenizer.begin, part, self._ending], self.tokenizer.placeholder_ids)
         mean = self.config.pooling == "mean"
         return Document(
             objective=self.name,
@@ -131,8 +132,8 @@ class Similarity:
             labels=np.full_like(input_ids, IGNORE_INDEX),
             causal=self.config.causal,
             media=media,
-            pooled=0 if mean else len(input_ids) - 1,
-            pool_size=len(input_ids) if mean else 1,
+            pooled=self.lead if mean else len(input_ids) - 1,
+            pool_size=len(input_ids) - self.lead if mean else 1,
             view=view,
             pair=sample.uid,
             key=sample.key,

@@ -5,6 +5,7 @@ Shapes: V rows of an embedding, D width.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -113,8 +114,13 @@ def _copy(parameter: Tensor, tensor: Tensor, name: str, folder: Path) -> None:
     parameter.copy_(tensor)
 
 
-def check_vocabulary(folder: str | Path, tokenizer: str | Path) -> None:
-    """Whether a tokenizer gives every token the id that the folder's weights know it by.
+def check_vocabulary(folder: str | Path, tokenizer: str | Path, bos: bool) -> None:
+    """Whether a tokenizer gives every token the id that the folder's weights know it by. Warns of texts that began otherwise for them.
+
+    Args:
+        folder: of the weights.
+        tokenizer: of the run.
+        bos: see `DataConfig.bos`.
 
     Raises:
         ConfigError: it does not.
@@ -122,7 +128,14 @@ def check_vocabulary(folder: str | Path, tokenizer: str | Path) -> None:
     from tokenizers import Tokenizer
 
     ours, theirs = Path(tokenizer) / "tokenizer.json", Path(folder) / "tokenizer.json"
-    if not theirs.is_file() or not ours.is_file() or ours.samefile(theirs):
+    if not theirs.is_file() or not ours.is_file():
+        return
+    begun = Tokenizer.from_file(str(theirs)).encode("").tokens
+    if not bos and len(begun) == 1:  # BERT's `[CLS]` and `[SEP]` are two
+        warnings.warn(
+            f"{folder}: its tokenizer begins texts with {begun[0]}, this run does not; set data.bos=true", stacklevel=2
+        )
+    if ours.samefile(theirs):
         return
     known, vocabulary = (Tokenizer.from_file(str(path)).get_vocab() for path in (theirs, ours))
     for token, number in known.items():

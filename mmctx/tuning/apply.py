@@ -6,7 +6,7 @@ and the papers' are. A layer that is wrapped keeps its weights in `base_layer`; 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -149,6 +149,12 @@ def merge(model: MmctxModel) -> None:
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, layer.get_base_layer())
     model.tuning = None
+
+
+def without_tuning(run: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a run, as a tree, of whose model the tuning has been merged into the weights."""
+    train = {**run["train"], "tune": {"kind": "full"}, "init": None, "ema": None, "modules": {}}
+    return {**run, "train": train, "eval": {**run["eval"], "weights": "trained"}}
 
 
 def unmerge(model: MmctxModel) -> None:

@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hf_folders import as_earlier
@@ -15,7 +14,6 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProces
 
 from mmctx.hf import MmctxConfig, MmctxForConditionalGeneration, MmctxProcessor
 from mmctx.model import MmctxModel, ModelConfig
-from mmctx.pack import Document, pack_documents
 from mmctx.train.checkpoints.load import load_model, load_weights
 
 
@@ -203,18 +201,3 @@ def test_heads_are_tied_or_not(checkpoint: Path, untied: Path) -> None:
             model.get_input_embeddings().weight[5] += 1  # of a token that is not read
         moved = (model(ids).logits != before).any(dim=(0, 1)).nonzero()[:, 0].tolist()
         assert moved == ([5] if tied else [])
-
-
-def test_adapters_do_not_go_missing(make: Callable[..., Path], checkpoint: Path, tmp_path: Path) -> None:
-    from mmctx.errors import ConfigError
-    from mmctx.train.merge import merge_checkpoint
-
-    tuned = make(train={"num_threads": 1, "init": str(checkpoint), "tune": {"kind": "lora", "rank": 4}})
-    with pytest.raises(ConfigError, match="mmctx merge"):
-        AutoModelForCausalLM.from_pretrained(tuned)
-    merge_checkpoint(tuned, tmp_path / "merged")
-    model, native = AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), load_model(tuned)[0]
-    batch = pack_documents([Document("", np.arange(20, 40), np.full(20, -100), causal=True)], model.placeholder_ids)
-    with torch.no_grad():
-        want = native.next_token_logits(native.encode(batch))
-        torch.testing.assert_close(model(torch.arange(20, 40)[None]).logits[0], want, atol=1e-3, rtol=1e-3)

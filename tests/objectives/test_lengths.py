@@ -58,8 +58,15 @@ def tokenizer(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> TextTok
     from transformers import PreTrainedTokenizerFast
 
     folder = str(tmp_path_factory.mktemp("tokenizer"))
-    PreTrainedTokenizerFast.from_pretrained(str(corpus / "tokenizer"), cls_token="[CLS]").save_pretrained(folder)
+    tokens = {"cls_token": "[CLS]", "bos_token": "<s>"}
+    PreTrainedTokenizerFast.from_pretrained(str(corpus / "tokenizer"), **tokens).save_pretrained(folder)
     return TextTokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def beginning(tokenizer: TextTokenizer) -> TextTokenizer:
+    """The same, for documents that begin with `<s>`."""
+    return TextTokenizer(tokenizer.path, bos=True)
 
 
 def test_marks_want_a_tokenizer_that_has_them(corpus: Path) -> None:
@@ -89,9 +96,11 @@ def samples(draw: st.DrawFn) -> Sample:
 
 @pytest.mark.parametrize("name", CONFIGS)
 @settings(max_examples=60, deadline=None)
-@given(sample=samples(), seed=st.integers(0, 99))
-def test_documents_are_as_long_as_the_index_says(tokenizer: TextTokenizer, name: str, sample: Sample, seed: int):
-    config = CONFIGS[name]
+@given(sample=samples(), seed=st.integers(0, 99), bos=st.booleans())
+def test_documents_are_as_long_as_the_index_says(
+    tokenizer: TextTokenizer, beginning: TextTokenizer, name: str, sample: Sample, seed: int, bos: bool
+) -> None:
+    config, tokenizer = CONFIGS[name], beginning if bos else tokenizer
     (half,) = build_data_halves({"x": config}, tokenizer).values()
     documents = half.documents(sample, np.random.default_rng(seed), seed)
     (lengths,) = half.lengths(SampleSizes.of(sample)).tolist()
@@ -118,14 +127,14 @@ def test_every_kind_is_tried() -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(sample=samples(), context_length=st.integers(40, 60), name=st.sampled_from(sorted(CONFIGS)))
+@given(sample=samples(), context_length=st.integers(40, 60), name=st.sampled_from(sorted(CONFIGS)), bos=st.booleans())
 def test_samples_that_have_their_room_make_documents_that_fit(
-    tokenizer: TextTokenizer, sample: Sample, context_length: int, name: str
+    tokenizer: TextTokenizer, beginning: TextTokenizer, sample: Sample, context_length: int, name: str, bos: bool
 ) -> None:
     """Long documents are cut to `room`; documents of what is as long as that must not be longer than the context."""
     from mmctx.datasets.planning.split import split_sample
 
-    (half,) = build_data_halves({"x": CONFIGS[name]}, tokenizer).values()
+    (half,) = build_data_halves({"x": CONFIGS[name]}, beginning if bos else tokenizer).values()
     long = Sample(
         sample.key,
         sample.source,

@@ -50,7 +50,7 @@ def read_model(checkpoint: Path) -> tuple[MmctxModel, TextTokenizer, RunConfig]:
     with torch.random.fork_rng(devices=[]):
         apply_tuning(model, config.train.tune, config.steps)
     load_weights(model, checkpoint)
-    return model.eval(), TextTokenizer(checkpoint), config
+    return model.eval(), TextTokenizer(checkpoint, config.data.bos), config
 
 
 def without_pretrained(config: ModelConfig) -> ModelConfig:

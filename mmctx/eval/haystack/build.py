@@ -30,7 +30,7 @@ def least_tokens(probe: Probe, speller: Speller) -> int:
     body = sum(speller.count(needle.parts) for needle in probe.needles)
     if probe.words is not None:
         body = probe.words.least_tokens(lambda word: len(speller.ids(word)))
-    return body + _question_tokens(probe, speller)
+    return body + _frame_tokens(probe, speller)
 
 
 def build_prompt(
@@ -56,7 +56,7 @@ def build_prompt(
     Raises:
         ValueError: `length` is less than `least_tokens`.
     """
-    room = length - _question_tokens(probe, speller)
+    room, begin = length - _frame_tokens(probe, speller), speller.tokenizer.begin
     starts: tuple[int, ...] = ()
     if probe.words is not None:
         body = _word_body(probe, room, speller, rng, control)
@@ -66,11 +66,14 @@ def build_prompt(
         if filler < 0:
             raise ValueError(f"{probe.kind} needs {length - filler} tokens, but the document is to have {length}")
         body, starts = _hide(needles, stretch(haystack.units(rng, probe.avoid), filler, speller), speller)
-    parts = [*body, *speller.encoded(probe.question)]
+    parts = [begin, *body, *speller.encoded(probe.question)]
     input_ids, media = lay_out(parts, speller.tokenizer.placeholder_ids)
     labels = np.full_like(input_ids, IGNORE_INDEX)
     key = f"{probe.kind} of {length} tokens"
-    return Prompt(Document("captioning", input_ids, labels, causal=True, media=media, key=key), starts)
+    return Prompt(
+        Document("captioning", input_ids, labels, causal=True, media=media, key=key),
+        tuple(len(begin) + at for at in starts),
+    )
 
 
 def _hide(needles: list[Needle], units: Pieces, speller: Speller) -> tuple[Pieces, tuple[int, ...]]:
@@ -106,5 +109,6 @@ def _word_body(probe: Probe, room: int, speller: Speller, rng: np.random.Generat
     return [*stretch(Noise().units(rng, ()), left, speller), *chosen]
 
 
-def _question_tokens(probe: Probe, speller: Speller) -> int:
-    return speller.count(probe.question) + len(speller.join(probe.answer))
+def _frame_tokens(probe: Probe, speller: Speller) -> int:
+    """Of what documents begin with, the question and the answer."""
+    return len(speller.tokenizer.begin) + speller.count(probe.question) + len(speller.join(probe.answer))

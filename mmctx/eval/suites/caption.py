@@ -109,7 +109,7 @@ class _Prompt(NamedTuple):
 def _prompts(data: RunData, bin: Bin, more: Sequence[int]) -> Iterator[_Prompt]:
     """The captioning documents of a bin, cut before their text."""
     for (number, sample_id, *_), document in documents_of(data.dataset, bin):
-        if len(document.media) != 1 or document.media[0][0] != 0:
+        if len(document.media) != 1 or document.media[0][0] != len(data.tokenizer.begin):
             continue  # plain text, or an interleaved document: there is no single caption to compare with
         # behind the medium, and the prompt if there is one
         cut = int(np.flatnonzero(document.labels != IGNORE_INDEX)[0]) + 1

@@ -169,7 +169,7 @@ class _Reader:
             for kind, value in segments
         ]
         parts = [part for part in parts if isinstance(part, MediaItem) or len(part)]
-        input_ids, media = lay_out(parts, tokenizer.placeholder_ids)
+        input_ids, media = lay_out([tokenizer.begin, *parts], tokenizer.placeholder_ids)
         labels = np.full_like(input_ids, IGNORE_INDEX)
         prompt = Document("knowledge", input_ids, labels, causal=True, media=media)
         batch = pack_documents([prompt], tokenizer.placeholder_ids).to(self._context.device)

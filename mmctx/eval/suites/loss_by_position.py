@@ -122,21 +122,19 @@ def _start(stretch: int) -> int:
 
 def _cuts(context: EvalContext, data: Any, place: Place) -> list[_Cut]:
     """What the documents of one sample lose with each amount of context kept that is less than what they have."""
-    config, cuts = context.config.loss_by_position, []
+    config, cuts, begin = context.config.loss_by_position, [], (0, len(data.tokenizer.begin))
     for number, document in enumerate(data.dataset.documents(*place)):
         first = first_target(document, config.targets)
-        kept = [k for k in config.kept if first is not None and _cut_at(document, first - k) > 0]
+        kept = [k for k in config.kept if first is not None and _cut_at(document, first - k) > begin[1]]
         if first is None or not kept:
             continue
         variants = [_with_targets(document, document, first)]
         for k in kept:
             cut = _cut_at(document, first - k)
             rng = np.random.default_rng(derive_key(data.dataset.seed, "shuffle", document.key, number, k))
-            length = len(document.input_ids)
-            variants.append(_with_targets(excerpt(document, [(cut, length)]), document, first))
-            variants.append(
-                _with_targets(excerpt(document, [*shuffled_pieces(document, cut, rng), (cut, length)]), document, first)
-            )
+            kept_end = (cut, len(document.input_ids))
+            for before in ((), shuffled_pieces(document, cut, rng, begin[1])):
+                variants.append(_with_targets(excerpt(document, [begin, *before, kept_end]), document, first))
         whole, *others = [float(losses.sum()) for losses in token_losses(context, variants)]
         count = int((variants[0].labels != IGNORE_INDEX).sum())
         cuts += [
@@ -168,10 +166,9 @@ def _cut_at(document: Document, place: int) -> int:
     return max(place, 0)
 
 
-def shuffled_pieces(document: Document, end: int, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """Spans that cover [0, end) once, in a random order: media whole, text in runs of a few tokens."""
+def shuffled_pieces(document: Document, end: int, rng: np.random.Generator, start: int = 0) -> list[tuple[int, int]]:
+    """Spans that cover [start, end) once, in a random order: media whole, text in runs of a few tokens."""
     pieces: list[tuple[int, int]] = []
-    start = 0
     media = [(at, at + item.num_tokens) for at, item in document.media if at < end]
     for at, stop in [*media, (end, end)]:
         pieces += [(place, min(place + _PIECE, at)) for place in range(start, at, _PIECE)]

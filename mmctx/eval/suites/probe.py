@@ -213,13 +213,14 @@ def _document(context: EvalContext, data: RunData, sample: Sample, view: str) ->
     """A document of one view and nothing else, as a similarity objective makes it; where none does, the view alone, which attends in both
     directions if some objective's documents do. A text is cut to the context, a medium that does not fit into it is left out.
     """
-    part = _part(sample, view, data.config.context_length - 1)
+    begin = data.tokenizer.begin
+    part = _part(sample, view, data.config.context_length - len(begin) - 1)
     if part is None:
         return None
     embedder = _embedder(context, view)
     if embedder is not None:
         return data.dataset.objectives[embedder].view_document(sample, view, part)  # type: ignore[attr-defined]
-    input_ids, media = lay_out([part], data.tokenizer.placeholder_ids)
+    input_ids, media = lay_out([begin, part], data.tokenizer.placeholder_ids)
     causal = all(half.causal for half in data.dataset.objectives.values())
     labels = np.full_like(input_ids, IGNORE_INDEX)
     return Document("probe", input_ids, labels, causal=causal, media=media, view=view, key=sample.key)

@@ -56,11 +56,13 @@ class Quiz:
         document: causal.
         questions: in reading order.
         candidates: (C,) ids of the values that it holds.
+        lead: tokens that it begins with, whatever it says.
     """
 
     document: Document
     questions: tuple[Asked, ...]
     candidates: np.ndarray
+    lead: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,14 +148,16 @@ def load_quizzes(context: EvalContext) -> list[Quiz]:
 
 
 def _quiz(document: Document, about: Mapping[str, Any], tokenizer: Any) -> Quiz:
-    ids = document.input_ids
-    if len(ids) != about["length"]:
+    ids, lead = document.input_ids, len(tokenizer.begin)
+    if len(ids) - lead != about["length"]:
         raise DataError(
-            f"sample {document.key!r} makes {len(ids)} tokens, but was built for {about['length']}: build it with the tokenizer of "
+            f"sample {document.key!r} makes {len(ids) - lead} tokens, but was built for {about['length']}: build it with the tokenizer of "
             "the same build, and with picture_tokens as many as model.image makes of a picture"
         )
     values = dict(zip(about["values"], (int(i[0]) for i in tokenizer.encode_many(about["values"])), strict=True))
-    asked = [Asked(q["kind"], tuple(q["fact"]), tuple(q["ask"]), values[q["answer"]]) for q in about["questions"]]
+    asked = [
+        Asked(q["kind"], _span(q["fact"], lead), _span(q["ask"], lead), values[q["answer"]]) for q in about["questions"]
+    ]
     for question in asked:
         stated = ids[question.fact[1] - 1] if question.kind != SHOWN else question.answer
         if not question.answer == ids[question.ask[1] - 1] == stated:
@@ -161,7 +165,11 @@ def _quiz(document: Document, about: Mapping[str, Any], tokenizer: Any) -> Quiz:
                 f"sample {document.key!r}: token {question.ask[1] - 1} is no answer; build it with as many picture_tokens as "
                 "model.image makes of a picture"
             )
-    return Quiz(document, tuple(asked), np.array(sorted(values.values())))
+    return Quiz(document, tuple(asked), np.array(sorted(values.values())), lead)
+
+
+def _span(written: Sequence[int], lead: int) -> tuple[int, int]:
+    return written[0] + lead, written[1] + lead
 
 
 def answer_quizzes(context: EvalContext, quizzes: Sequence[Quiz]) -> list[Answer]:
@@ -198,16 +206,19 @@ def without_facts(quiz: Quiz) -> Quiz:
         end = stop
     removed = sum(stop - start for start, stop in (question.fact for question in quiz.questions))
     document = excerpt(quiz.document, [*spans, (end, len(quiz.document.input_ids))])
-    moved = [replace(q, fact=(0, 0), ask=(q.ask[0] - removed, q.ask[1] - removed)) for q in quiz.questions]
+    moved = [
+        replace(q, fact=(quiz.lead, quiz.lead), ask=(q.ask[0] - removed, q.ask[1] - removed)) for q in quiz.questions
+    ]
     return replace(quiz, document=document, questions=tuple(moved))
 
 
 def facts_alone(quiz: Quiz) -> Iterator[Quiz]:
     """For each question a document of its fact and the question, nothing else."""
+    start = quiz.lead
     for question in quiz.questions:
-        document = excerpt(quiz.document, [question.fact, question.ask])
-        middle, end = question.fact[1] - question.fact[0], len(document.input_ids)
-        yield replace(quiz, document=document, questions=(replace(question, fact=(0, middle), ask=(middle, end)),))
+        document = excerpt(quiz.document, [(0, start), question.fact, question.ask])
+        middle, end = start + question.fact[1] - question.fact[0], len(document.input_ids)
+        yield replace(quiz, document=document, questions=(replace(question, fact=(start, middle), ask=(middle, end)),))
 
 
 def score(answers: Sequence[Answer]) -> dict[str, float]:

@@ -190,7 +190,7 @@ def _by_captioning(
         asked = [
             (place, document)
             for place, document in found
-            if [(at, item.kind in media) for at, item in document.media] == [(0, True)]
+            if [(at, item.kind in media) for at, item in document.media] == [(len(data.tokenizer.begin), True)]
         ]
         documents = [_continued(document, text) for _, document in asked for text in texts]
         sums = torch.tensor([-float(losses.sum()) for losses in token_losses(context, documents)])
