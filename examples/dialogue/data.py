@@ -155,7 +155,7 @@ def write_chat(rng: np.random.Generator, products: Sequence[str], size: int, end
 
 
 def write_notes(rng: np.random.Generator, products: Sequence[str], size: int) -> dict[str, Any]:
-    """A few facts that are said again and again, in any order. Learned is what only the first saying tells: from the second on, the slot."""
+    """A few facts that are said again and again, in any order. What is learned is the slot, from the second time on."""
     shop = Shop(rng, products)
     facts = [fact for _ in range(rng.integers(2, 5)) if (fact := shop.new_fact())]
     segments: list[dict[str, Any]] = []
