@@ -71,7 +71,7 @@ def test_the_answer_for_people_counts_what_was_written(material: Path, tmp_path:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["build", "moji", "OUT"], "emoji, folder, table.*'moji'"),
+        (["build", "moji", "OUT"], "emoji, emoji-names, folder, table.*'moji'"),
         (["build", "stamps", "OUT", "--from", "nowhere"], "apt-get install tuxpaint-stamps-default"),
         (["build", "gimp", "OUT", "--from", "nowhere"], "apt-get install gimp-help-en"),
         (["build", "folder", "OUT", "nowhere"], "nowhere: no such folder"),
