@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mmctx.datasets.build.catalogue import Emoji, load_catalogue
+from mmctx.datasets.build.catalogue import Emoji, demo_package, load_catalogue
 from mmctx.datasets.build.members import Medium, Rendered, plain_sample
 from mmctx.datasets.build.render import render_picture
 from mmctx.datasets.build.stream import Item
@@ -42,10 +42,13 @@ def build_emoji_names(
 
     Raises:
         DataError: a package of the demo is missing, or does not know a language.
-        ConfigError: there are no languages.
+        ConfigError: there are no languages, or no emoji.
     """
     if not languages:
         raise ConfigError("languages: name at least one, such as fr")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit {limit} leaves no emoji; raise it, or leave it out for all")
+    demo_package("resvg_py")  # here and not in every worker
     catalogue = load_catalogue(tuple(sorted(set(languages))))
     emoji = [item for item in catalogue.emoji if not _VARIANTS.search(item.text)][:limit]
     named = [*emoji[1:], *emoji[:1]] if shuffled else emoji

@@ -23,6 +23,7 @@ ImageColumn = Annotated[str | None, typer.Option(help="Column of pictures: paths
 AudioColumn = Annotated[str | None, typer.Option(help="Column of clips, likewise.")]
 TextColumn = Annotated[str | None, typer.Option(help="Column of the text.")]
 KeyColumn = Annotated[str | None, typer.Option(help="Column that names the samples; row numbers by default.")]
+EmojiLimit = Annotated[int | None, typer.Option(help="Only so many emoji, for a quick look.")]
 GroupColumn = Annotated[str | None, typer.Option(help="Rows with the same value here are held out together.")]
 
 
@@ -63,7 +64,7 @@ def run(
 def emoji(
     out: Out,
     seed: Annotated[int, typer.Option(help="Voices and books are drawn from it.")] = 0,
-    limit: Annotated[int | None, typer.Option(help="Only so many emoji, for a quick look.")] = None,
+    limit: EmojiLimit = None,
     workers: Workers = None,
     as_json: Json = False,
 ) -> None:
@@ -80,7 +81,7 @@ def emoji_names(
     out: Out,
     language: Annotated[list[str], typer.Option(help="Such as fr; may be repeated.")],
     image_size: Annotated[int, typer.Option(help="Side of the pictures in pixels.")] = 128,
-    limit: Annotated[int | None, typer.Option(help="Only so many emoji, for a quick look.")] = None,
+    limit: EmojiLimit = None,
     shuffled: Annotated[bool, typer.Option("--shuffled", help="A control: names of other emoji.")] = False,
     heldout: Heldout = 0.0,
     per_shard: PerShard = 1000,

@@ -75,3 +75,5 @@ def test_languages_must_be_there(tmp_path):
         build_emoji_names(tmp_path, languages=["fr", "ro"])
     with pytest.raises(ConfigError, match="name at least one"):
         build_emoji_names(tmp_path, languages=[])
+    with pytest.raises(ConfigError, match="limit 0 leaves no emoji"):
+        build_emoji_names(tmp_path, languages=["fr"], limit=0)

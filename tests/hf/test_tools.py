@@ -72,7 +72,6 @@ metric_list:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("either", ["checkpoint", "bert"], indirect=True)
 @torch.no_grad()
 def test_lm_eval_finds_our_log_likelihoods(either: Path, tmp_path: Path) -> None:
     """By its own command line, in a process that does not know of mmctx: the folder brings the class."""

@@ -52,21 +52,20 @@ def alone(frugal_tree: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "steps"), [(2, 200), (4, 60)])
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_random_steps_hang_nobody_and_equal_one_process(
-    frugal_tree: dict[str, Any], alone: dict[str, torch.Tensor], tmp_path: Path, ranks: int, steps: int
+    frugal_tree: dict[str, Any], alone: dict[str, torch.Tensor], tmp_path: Path, ranks: int
 ) -> None:
     """Pictures, sound, or everything are absent from random bins of random ranks."""
     path, out = tmp_path / "tree.json", tmp_path / "out.pt"
     path.write_text(json.dumps(frugal_tree))
-    finish(torchrun(ranks, distribution_worker.__file__, str(path), str(out), str(steps)))
+    finish(torchrun(ranks, distribution_worker.__file__, str(path), str(out)))
     found = torch.load(out)
     assert found.keys() == alone.keys()
-    assert len(found["ddp"]) == steps
     for name, expected in alone.items():
         torch.testing.assert_close(
             found[name],
-            expected[:steps],
+            expected,
             rtol=TOLERANCE.get(name, 1e-9),
             atol=1e-9,
             msg=lambda text, name=name: f"{name}: {text}",

@@ -29,7 +29,7 @@ from mmctx.train.segments import Segment, continue_segments, open_segment, segme
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-STEPS = 20
+STEPS = 30
 
 
 @pytest.fixture
